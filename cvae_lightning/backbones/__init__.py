@@ -1,0 +1,1 @@
+"""Hugging Face causal LMs as entangled model, router, generator and posterior backbone."""

@@ -1,0 +1,163 @@
+"""Hugging Face causal language models: building, loading, new token rows, and the head as plain tensors."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Head:
+    """The language-model head as tensors: logits = softcap(scale * (hidden W^T + bias)).
+
+    Shape:
+        weight: [V, D]. bias: [V] or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Return logits [..., V], or [..., R] of the vocabulary ids ``rows`` [R] alone."""
+        weight = self.weight if rows is None else self.weight[rows]
+        bias = None if self.bias is None else self.bias if rows is None else self.bias[rows]
+        logits = nn.functional.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
+        logits = logits.float() * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def build_causal_lm(config: dict[str, Any], vocab_size: int, pad_token_id: int | None = None) -> Any:
+    """Build a randomly initialised causal LM.
+
+    Args:
+        config: keywords of a Hugging Face config, ``model_type`` among them (``llama``, ``gpt2``, ``qwen2``, ...).
+        vocab_size: number of tokens; overrides the config's.
+        pad_token_id: id of the padding token.
+
+    Raises:
+        ValueError: if ``model_type`` is missing or unknown, or the config does not fit it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    model_type = config.pop("model_type", None)
+    if model_type is None:
+        raise ValueError("model.config needs 'model_type' (for example llama, gpt2 or qwen2)")
+    config.update(vocab_size=vocab_size, pad_token_id=pad_token_id, bos_token_id=None, eos_token_id=None)
+    try:
+        built = AutoConfig.for_model(model_type, **config)
+        return AutoModelForCausalLM.from_config(built)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"cannot build a model of type {model_type!r} from model.config: {error}") from error
+
+
+def load_causal_lm(name: str) -> Any:
+    """Load a causal LM from a folder or a hub name in float32 and training mode, without remote code.
+
+    Raises:
+        ValueError: if nothing is found there or it is no causal LM.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load a causal language model from {name!r}: {_first_line(error)}") from error
+    return lm.float().train()
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load a fast tokenizer from a folder or a hub name, without remote code.
+
+    Raises:
+        ValueError: if nothing is found there.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, use_fast=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load a tokenizer from {name!r}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def decoder_of(lm: Any) -> nn.Module:
+    """Return the part of a causal LM that maps tokens to hidden states."""
+    decoder = lm.get_decoder() if hasattr(lm, "get_decoder") else None
+    return lm.base_model if decoder is None else decoder
+
+
+def head_of(lm: Any) -> Head:
+    """Return the head of a causal LM with the scalings that its family applies after it."""
+    head, config = lm.get_output_embeddings(), lm.config
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    scale *= getattr(config, "lm_head_multiplier", None) or 1.0
+    return Head(head.weight, head.bias, float(scale), getattr(config, "final_logit_softcapping", None))
+
+
+def add_token_rows(lm: Any, vocab_size: int, std: float, generator: torch.Generator | None = None) -> list[int]:
+    """Grow the embeddings (and an untied head) to ``vocab_size`` rows; new ones are the mean of the old plus noise.
+
+    Hugging Face's own ``mean_resizing`` gives all new rows almost the same vector, so that latent tokens would be
+    copies of each other.
+
+    Args:
+        lm: a causal LM; changed in place.
+        vocab_size: number of tokens of the tokenizer; a larger embedding is left as it is.
+        std: standard deviation of the noise, in units of the rows' own standard deviation about their mean.
+        generator: source of the noise.
+
+    Returns:
+        The ids of the new rows.
+    """
+    old = lm.get_input_embeddings().weight.shape[0]
+    if vocab_size <= old:
+        return []
+    lm.resize_token_embeddings(vocab_size, mean_resizing=False)
+    tables = {id(e.weight): e.weight for e in (lm.get_input_embeddings(), lm.get_output_embeddings())}
+    for weight in tables.values():
+        fill_rows(weight, list(range(old, vocab_size)), list(range(old)), std, generator)
+    return list(range(old, vocab_size))
+
+
+@torch.no_grad()
+def fill_rows(weight: Tensor, rows: list[int], source: list[int], std: float, generator: Any = None) -> None:
+    """Set ``weight[rows]`` to the mean of ``weight[source]`` plus noise of ``std`` times their standard deviation."""
+    known = weight[source].float()
+    noise = torch.randn(len(rows), weight.shape[1], generator=generator, dtype=torch.float32).to(weight.device)
+    weight[rows] = (known.mean(0) + std * known.std() * noise).to(weight.dtype)
+
+
+def set_dropout(module: nn.Module, p: float) -> None:
+    """Set every dropout probability in a model, in its modules and in its attention arguments."""
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = p
+        for name in ("attention_dropout", "attn_pdrop"):
+            if isinstance(getattr(part, name, None), float):
+                setattr(part, name, p)
+
+
+def has_dropout(module: nn.Module) -> bool:
+    """Return whether some part of the model drops anything out in training mode."""
+    return any(
+        (isinstance(part, nn.Dropout) and part.p > 0)
+        or (isinstance(rate := getattr(part, "attention_dropout", 0.0), float) and rate > 0)
+        for part in module.modules()
+    )
+
+
+def read_hidden(decoder: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """Return the decoder's hidden states [B, L, D] of padded ids [B, L]; positions count real tokens only."""
+    positions = (mask.long().cumsum(-1) - 1).clamp_min(0)
+    output = decoder(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False)
+    return output.last_hidden_state

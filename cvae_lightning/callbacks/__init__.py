@@ -1,0 +1,23 @@
+"""Lightning callbacks: schedules, evaluation, TensorBoard, alarms, and what makes runs resumable."""
+
+from cvae_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
+from cvae_lightning.callbacks.collapse_alarm import CollapseAlarm, CollapseWarning
+from cvae_lightning.callbacks.evaluation import Generation, StrategyEvaluation
+from cvae_lightning.callbacks.nan_guard import NanGuard
+from cvae_lightning.callbacks.report import Report
+from cvae_lightning.callbacks.schedules import WeightSchedule
+from cvae_lightning.callbacks.step_seed import StepSeed
+from cvae_lightning.callbacks.tensorboard import TensorBoardFigures
+
+__all__ = [
+    "AtomicCheckpointIO",
+    "CollapseAlarm",
+    "CollapseWarning",
+    "Generation",
+    "NanGuard",
+    "Report",
+    "StepSeed",
+    "StrategyEvaluation",
+    "TensorBoardFigures",
+    "WeightSchedule",
+]

@@ -1,0 +1,106 @@
+"""Entry point ``cvae-lightning``. Heavy packages are imported only by the commands that need them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import sys
+from collections.abc import Sequence
+
+from cvae_lightning.recipes import describe, find_recipe, recipe_folder, recipe_names
+
+USAGE = """\
+usage: cvae-lightning COMMAND [options]
+
+  fit         train:     cvae-lightning fit --config RECIPE_OR_FILE [--config MORE] [--model.init_args.NAME VALUE ...]
+  validate    evaluate on the validation split:  cvae-lightning validate --config ... --ckpt_path FILE
+  test        evaluate on the test split:        cvae-lightning test --config ... --ckpt_path FILE
+  predict     predict:                           cvae-lightning predict --config ... --ckpt_path FILE
+  recipes     list the shipped recipes, or print one:  cvae-lightning recipes [NAME]
+  quickstart  train and evaluate a small example from end to end (a few minutes on two CPU cores)
+
+`cvae-lightning COMMAND --help` documents every option. Set CVAE_LIGHTNING_TRACEBACK=1 to see where an error came from.
+"""
+TRAINING = ("fit", "validate", "test", "predict")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; what a user got wrong ends in one message on stderr.
+
+    Args:
+        args: the words after ``cvae-lightning``; None takes them from ``sys.argv``.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    try:
+        return _run(words)
+    except SystemExit as stop:
+        if stop.code is None or isinstance(stop.code, int):
+            return stop.code or 0
+        raise
+    except Exception as error:
+        if os.environ.get("CVAE_LIGHTNING_TRACEBACK") == "1" or not _is_user_error(error):
+            raise
+        print(f"cvae-lightning: error: {_message(error)}", file=sys.stderr)
+        return 2 if isinstance(error, argparse.ArgumentError) else 1
+
+
+def _run(words: list[str]) -> int:
+    command = words[0] if words else "--help"
+    if command in ("-h", "--help"):
+        print(USAGE, end="")
+    elif command == "--version":
+        from importlib.metadata import version
+
+        print(version("cvae-lightning"))
+    elif command == "recipes":
+        _recipes(words[1:])
+    elif command == "quickstart":
+        from cvae_lightning.quickstart import quickstart
+
+        return quickstart(words[1:])
+    elif command in TRAINING:
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # so that class_path finds the user's own file
+        from cvae_lightning.lightning_cli import run
+
+        run(words)
+    else:
+        raise ValueError(f"unknown command {command!r}; expected {', '.join(TRAINING)}, recipes or quickstart")
+    return 0
+
+
+def _recipes(names: list[str]) -> None:
+    """Print the named recipes, or list all of them."""
+    if names and names[0] in ("-h", "--help"):
+        print("usage: cvae-lightning recipes [NAME]\n\nlist the shipped recipes, or print the one named")
+    elif names:
+        for name in names:
+            print(find_recipe(name).read_text(encoding="utf-8"), end="")
+    else:
+        paths = [recipe_folder() / f"{name}.yaml" for name in recipe_names()]
+        width = max((len(path.stem) for path in paths), default=0)
+        for path in paths:
+            print(f"{path.stem:{width}}  {describe(path)}".rstrip())
+
+
+def _is_user_error(error: Exception) -> bool:
+    """Return whether the message says all: the user's input, a file or the disk is at fault, not the code."""
+    if isinstance(error, ValueError | OSError | argparse.ArgumentError | pickle.UnpicklingError):
+        return True
+    if isinstance(error, ModuleNotFoundError):
+        return True
+    if type(error).__name__ == "MisconfigurationException":  # Lightning's; not imported here, it is slow
+        return True
+    return isinstance(error, RuntimeError) and "Error(s) in loading state_dict" in str(error)
+
+
+def _message(error: Exception) -> str:
+    """Return the message of an error, with its type where it has none."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error).strip() or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""PairsDataModule: the user's own (x, y, strategy?) pairs from files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from cvae_lightning.data.base import RecordDataModule, Split
+from cvae_lightning.data.files import Row, read_rows
+from cvae_lightning.data.loader import hash_int
+from cvae_lightning.outputs import UNLABELLED, Record
+
+
+@dataclass
+class _Pairs:
+    """Rows of one split that passed every check; ``names`` holds None where a row has no label."""
+
+    where: list[str] = field(default_factory=list)
+    texts: list[tuple[str, str]] = field(default_factory=list)
+    names: list[str | None] = field(default_factory=list)
+
+    def subset(self, keep: Sequence[int]) -> _Pairs:
+        return _Pairs(*([column[i] for i in keep] for column in (self.where, self.texts, self.names)))  # type: ignore[arg-type]
+
+
+class PairsDataModule(RecordDataModule):
+    """Pairs of texts from JSONL, CSV or a Hugging Face data set.
+
+    A source is a ``.jsonl``, ``.json``, ``.ndjson``, ``.csv`` or ``.tsv`` file in UTF-8 (blank lines are skipped), or,
+    where the package ``datasets`` is installed, a folder written by ``save_to_disk`` or a data set's name, as
+    ``NAME[:CONFIG][#SPLIT]``. All sources are read and checked before anything else happens.
+
+    Args:
+        train_path: source of the training records.
+        val_path: source of the validation records; None = a part of the training source, see ``val_fraction``.
+        test_path: source of the test records; None = no test split.
+        x_column: column of the input text.
+        y_column: column of the solution text.
+        strategy_column: column of the strategy's name, for metrics only; a row may leave it empty. None = no labels.
+        val_fraction: share of the training source's inputs that become validation, by the hash of x, so that no x is in
+            both; in (0, 1); unused with a ``val_path``.
+        seed: seed of the order of training records.
+        batch_size: training records per process and step.
+        eval_batch_size: records per process and step of validation, test and prediction; None = ``batch_size``.
+        num_workers: worker processes that build batches; 0 = the training process itself.
+        length_bucketing: batches of records of similar length, which saves padding.
+        pin_memory: pin batches for faster copies to a GPU.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        train_path: str,
+        val_path: str | None = None,
+        test_path: str | None = None,
+        x_column: str = "x",
+        y_column: str = "y",
+        strategy_column: str | None = None,
+        val_fraction: float = 0.1,
+        seed: int = 0,
+        batch_size: int = 64,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        length_bucketing: bool = False,
+        pin_memory: bool = False,
+    ) -> None:
+        super().__init__(batch_size, eval_batch_size, num_workers, seed, length_bucketing, pin_memory)
+        if not 0 < val_fraction < 1:
+            raise ValueError(f"data.val_fraction must lie between 0 and 1, got {val_fraction}")
+        columns = [column for column in (x_column, y_column, strategy_column) if column is not None]
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"x_column, y_column and strategy_column must differ, got {columns}")
+        self.paths: dict[Split, str | None] = {"train": train_path, "val": val_path, "test": test_path}
+        self.x_column, self.y_column, self.strategy_column = x_column, y_column, strategy_column
+        self.val_fraction = val_fraction
+        self._pairs: dict[Split, _Pairs] = {}
+        self._names: list[str] = []
+        self._records: dict[Split, list[Record]] = {}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and check every source, once."""
+        if self._records:
+            return
+        pairs: dict[Split, _Pairs] = {
+            split: self._read(path, split) for split, path in self.paths.items() if path is not None
+        }
+        if "val" not in pairs:
+            pairs["train"], pairs["val"] = self._divide(pairs["train"])
+        elif shared := {x for x, _ in pairs["train"].texts} & {x for x, _ in pairs["val"].texts}:
+            rank_zero_warn(f"{len(shared)} inputs of val_path are in train_path too, such as {min(shared)!r}")
+        names = sorted({name for name in pairs["train"].names if name is not None})
+        records = {split: self._labelled(rows, names) for split, rows in pairs.items()}
+        self._pairs, self._names, self._records = pairs, names, records
+
+    def _read(self, path: str, split: Split) -> _Pairs:
+        pairs, labelled = _Pairs(), False
+        default = {"train": "train", "val": "validation", "test": "test"}[split]
+        for row in read_rows(path, f"{split}_path", default):
+            where, columns = row
+            pairs.where.append(where)
+            pairs.texts.append((self._cell(row, self.x_column), self._cell(row, self.y_column)))
+            has_label = self.strategy_column is not None and columns.get(self.strategy_column) not in (None, "")
+            pairs.names.append(self._cell(row, str(self.strategy_column)) if has_label else None)
+            labelled = labelled or has_label or self.strategy_column in columns
+        if not pairs.where:
+            raise ValueError(f"{split}_path: {path!r} holds no records")
+        if self.strategy_column is not None and not labelled:
+            raise ValueError(
+                f"{split}_path: {path!r} has no column {self.strategy_column!r} for strategy_column; its columns are "
+                f"{', '.join(map(repr, columns))}; set strategy_column to null for data without labels"
+            )
+        return pairs
+
+    @staticmethod
+    def _cell(row: Row, column: str) -> str:
+        where, columns = row
+        if column not in columns:
+            raise ValueError(f"{where}: no column {column!r}; the columns are {', '.join(map(repr, columns))}")
+        value: Any = columns[column]
+        if not isinstance(value, str):
+            raise ValueError(f"{where}: column {column!r} must be a text, got {type(value).__name__} {value!r:.60}")
+        if not value.strip():
+            raise ValueError(f"{where}: column {column!r} is empty")
+        if any("\ud800" <= c <= "\udfff" for c in value):
+            raise ValueError(f"{where}: column {column!r} holds half of a surrogate pair, which is not a character")
+        return value
+
+    def _divide(self, pairs: _Pairs) -> tuple[_Pairs, _Pairs]:
+        train: list[int] = []
+        val: list[int] = []
+        for i, (x, _) in enumerate(pairs.texts):
+            (val if hash_int(f"val/{x}") < self.val_fraction * 2**63 else train).append(i)
+        if not train or not val:
+            raise ValueError(
+                f"train_path: {self.paths['train']!r} has {len({x for x, _ in pairs.texts})} different inputs, too few "
+                f"to split off val_fraction={self.val_fraction}: give a val_path or change val_fraction"
+            )
+        return pairs.subset(train), pairs.subset(val)
+
+    @staticmethod
+    def _labelled(pairs: _Pairs, names: list[str]) -> list[Record]:
+        records = []
+        index = {name: i for i, name in enumerate(names)} | {None: UNLABELLED}
+        for i, (where, (x, y), name) in enumerate(zip(pairs.where, pairs.texts, pairs.names, strict=True)):
+            if name not in index:
+                raise ValueError(
+                    f"{where}: strategy {name!r} does not appear in the training records; known are "
+                    f"{', '.join(map(repr, names)) or 'none'}"
+                )
+            records.append(Record(x, y, index[name], i))
+        return records
+
+    @property
+    def strategy_names(self) -> list[str]:  # type: ignore[override]
+        """Names of the strategies of the training records, sorted; empty without labels."""
+        self.setup()
+        return self._names
+
+    def has_split(self, split: Split) -> bool:
+        """Return whether there are records of this split: always for train and val."""
+        return split in ("train", "val") or self.paths.get(split) is not None
+
+    def records(self, split: Split) -> list[Record]:
+        """Return the records of a split, in the order of the file."""
+        self.setup()
+        if split not in self._records:
+            raise ValueError(f"there is no split {split!r}: set data.{split}_path")
+        return self._records[split]
+
+    def describe(self, split: Split, index: int) -> str:
+        """Return the file and line of a record."""
+        self.setup()
+        return self._pairs[split].where[index]
+
+    def fingerprint(self, split: Split) -> str:
+        """Return a hash of all texts and labels of a split."""
+        digest = hashlib.blake2b(digest_size=8)
+        for record in self.records(split):
+            digest.update(repr((record.x, record.y, record.strategy)).encode())
+        return digest.hexdigest()

@@ -1,0 +1,37 @@
+"""Pure tensor mathematics of the package: torch only, no state. Nats and natural logs throughout."""
+
+from cvae_lightning.functional.divergences import (
+    categorical_entropy,
+    categorical_kl,
+    gaussian_kl,
+    jensen_shannon_divergence,
+)
+from cvae_lightning.functional.evidence import exact_posterior, log_marginal_likelihood
+from cvae_lightning.functional.global_batch import global_batch_mean, local_batch
+from cvae_lightning.functional.latent_head import latent_token_stats
+from cvae_lightning.functional.marginals import (
+    aggregate_gaussian,
+    categorical_router_marginal_kl,
+    gaussian_router_marginal_kl,
+    posterior_variance,
+    router_support,
+)
+from cvae_lightning.functional.token_means import masked_token_mean
+
+__all__ = [
+    "aggregate_gaussian",
+    "categorical_entropy",
+    "categorical_kl",
+    "categorical_router_marginal_kl",
+    "exact_posterior",
+    "gaussian_kl",
+    "gaussian_router_marginal_kl",
+    "global_batch_mean",
+    "jensen_shannon_divergence",
+    "latent_token_stats",
+    "local_batch",
+    "log_marginal_likelihood",
+    "masked_token_mean",
+    "posterior_variance",
+    "router_support",
+]

@@ -1,0 +1,106 @@
+"""Token statistics of K latents, from hidden states straight through the language-model head."""
+
+import torch
+from torch import Tensor
+
+from cvae_lightning.functional.chunked_head import ChunkedHead, HeadSettings
+from cvae_lightning.functional.divergences import jensen_shannon_divergence
+from cvae_lightning.functional.precision import at_least_float32
+
+
+def latent_token_stats(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    targets: Tensor,
+    *,
+    need_jsd: bool = True,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    budget_bytes: int | None = None,
+    vocab_block: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """NLL of every target token under every latent, and how far the K next-token distributions differ.
+
+    nll_t(z_k) = -log p(y_t | x, z_k, y_<t) and JSD_t = mean_k KL(p_k,t || mean_k p_k,t), with logits
+    softcap tanh((W h + b) scale / softcap). Where the logits of all positions would not fit into the budget, they are
+    made in pieces and again in the backward pass, so memory does not grow with K, T or V. Differentiable once, with
+    respect to `hidden`, `lm_head_weight` and `bias`. Under autocast the products are in its dtype; statistics are
+    accumulated in at least fp32.
+
+    Args:
+        hidden: final hidden states at the positions that predict the targets.
+        lm_head_weight: weight of the language-model head.
+        targets: token ids; -100 (any negative number) where there is nothing to predict: both results are 0 there.
+        need_jsd: whether to compute the divergence.
+        bias: bias of the language-model head.
+        scale: factor of the logits.
+        softcap: bound of the logits, > 0; None = unbounded.
+        budget_bytes: memory for logits; None = 32 MiB, and 512 MiB on an accelerator.
+        vocab_block: number of logits per position that are made at a time; None = 1024, and 8192 on an accelerator.
+
+    Shape:
+        hidden: [B, K, T, D]; lm_head_weight: [V, D]; targets: [B, T]; bias: [V] -> token_nll [B, K, T] and
+        inter_latent_jsd [B, T] (None without `need_jsd`), nats, at least fp32.
+
+    Raises:
+        ValueError: if the shapes do not fit together.
+
+    Example:
+        >>> hidden = torch.tensor([[[[0.0]], [[4.0]]]])  # one token, two latents, one hidden unit
+        >>> latent_token_stats(hidden, torch.tensor([[1.0], [-1.0]]), torch.tensor([[0]]))
+        (tensor([[[6.9315e-01],
+                 [3.3540e-04]]]), tensor([[0.2144]]))
+    """
+    batch, latents, length, width = hidden.shape
+    if targets.shape != (batch, length):
+        raise ValueError(f"targets must have shape {(batch, length)} to match hidden, got {tuple(targets.shape)}")
+    if lm_head_weight.shape[1:] != (width,):
+        raise ValueError(f"lm_head_weight must have shape [V, {width}], got {list(lm_head_weight.shape)}")
+    index = (targets >= 0).flatten().nonzero().squeeze(-1)
+    rows = hidden.transpose(0, 1).flatten(1, 2).index_select(1, index)  # [K, N, D]
+    chosen = targets.flatten().index_select(0, index)
+
+    on_cpu = hidden.device.type == "cpu"
+    settings = HeadSettings(
+        need_jsd=need_jsd,
+        scale=scale,
+        softcap=softcap,
+        budget_bytes=budget_bytes or (32 << 20 if on_cpu else 512 << 20),
+        vocab_block=vocab_block or (1024 if on_cpu else 8192),
+    )
+    dtype = _product_dtype(hidden, lm_head_weight)
+    rows, weight = rows.to(dtype), lm_head_weight.to(dtype)
+    bias = None if bias is None else at_least_float32(bias)
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = _plain_head if settings.fits(rows, weight) else ChunkedHead.apply
+        nll, jsd = head(rows, weight, bias, chosen, settings)
+
+    token_nll = nll.new_zeros(latents, batch * length).index_copy(1, index, nll)
+    token_nll = token_nll.view(latents, batch, length).transpose(0, 1)
+    if jsd is not None:
+        jsd = jsd.new_zeros(batch * length).index_copy(0, index, jsd).view(batch, length)
+    return token_nll, jsd
+
+
+def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    device, dtype = hidden.device.type, torch.promote_types(hidden.dtype, weight.dtype)
+    if dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return dtype
+
+
+def _plain_head(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: HeadSettings
+) -> tuple[Tensor, Tensor | None]:
+    """Make all logits at once, under ordinary autograd: quickest where they are few."""
+    logits = at_least_float32(rows @ weight.t())
+    if bias is not None:
+        logits = logits + bias
+    if settings.scale != 1:
+        logits = logits * settings.scale
+    if settings.softcap is not None:
+        logits = settings.softcap * torch.tanh(logits / settings.softcap)
+    log_probs = logits.log_softmax(-1)  # [K, N, V]
+    nll = -log_probs.gather(-1, targets[None, :, None].expand(len(rows), -1, 1)).squeeze(-1)
+    return nll, jensen_shannon_divergence(log_probs.transpose(0, 1)) if settings.need_jsd else None

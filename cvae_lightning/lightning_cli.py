@@ -1,0 +1,175 @@
+"""The LightningCLI behind ``cvae-lightning fit|validate|test|predict``: what it adds, and what it sets by default."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+import cvae_lightning.callbacks
+import cvae_lightning.data
+import cvae_lightning.losses
+import cvae_lightning.modules
+from cvae_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
+from cvae_lightning.callbacks.nan_guard import NanGuard
+from cvae_lightning.callbacks.step_seed import StepSeed
+from cvae_lightning.config_merge import MergeConfig, rewrite_nulls
+from cvae_lightning.losses.base import LossCallback
+from cvae_lightning.option_errors import condense, explain
+
+
+class CVAELightningCLI(LightningCLI):
+    """LightningCLI with recipes by name, losses merged by name, and runs that resume exactly.
+
+    Always present and configurable: ``checkpoint`` (ModelCheckpoint with ``last.ckpt``), ``step_seed`` and
+    ``nan_guard``. ``trainer.plugins`` holds AtomicCheckpointIO unless given. All files of a run lie in
+    ``trainer.default_root_dir``. The config always beats the hyperparameters that a checkpoint remembers.
+    """
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Build a parser that raises its errors, with the merging ``--config``."""
+        kwargs.setdefault("exit_on_error", False)
+        kwargs.setdefault("dump_header", ["cvae_lightning"])
+        parser = self.parser_class(**kwargs)
+        parser.add_argument(
+            "-c",
+            "--config",
+            action=MergeConfig,
+            help="YAML file, or name of a shipped recipe; repeatable: later files win, `losses` merge by name.",
+        )
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the callbacks that every run has, and their defaults."""
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(StepSeed, "step_seed")
+        parser.add_lightning_class_args(NanGuard, "nan_guard")
+        plugin = f"{AtomicCheckpointIO.__module__}.{AtomicCheckpointIO.__qualname__}"
+        parser.set_defaults(
+            {
+                "checkpoint.save_last": True,
+                "checkpoint.enable_version_counter": False,
+                "trainer.plugins": [{"class_path": plugin}],
+                "trainer.default_root_dir": "runs/unnamed",
+            }
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the subcommands, without the option to load pickled objects from checkpoints."""
+        return {name: skip | {"weights_only"} for name, skip in LightningCLI.subcommands().items()}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and explain what could not be parsed."""
+        try:
+            self.config = parser.parse_args(rewrite_nulls(sys.argv[1:] if args is None else args))
+        except argparse.ArgumentError as error:
+            raise ValueError(explain(str(error), self._subcommand_parsers["fit"])) from error
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the config alone: it beats the hyperparameters stored in ``--ckpt_path``."""
+
+    def before_instantiate_classes(self) -> None:
+        """Check the output folders before anything is built, and keep the config of each subcommand apart."""
+        trainer = self._get(self.config, "trainer")
+        checkpoint, model = self._get(self.config, "checkpoint"), self._get(self.config, "model")
+        output_dir = model.get("init_args.output_dir")
+        for folder in filter(None, (trainer.get("default_root_dir"), checkpoint.get("dirpath"), output_dir)):
+            check_writable(folder)
+        if self.subcommand != "fit":
+            self.save_config_kwargs["config_filename"] = f"config_{self.subcommand}.yaml"
+
+    def instantiate_classes(self) -> None:
+        """Build model, data and trainer; an error in a constructor comes without jsonargparse's wrapping."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise ValueError(condense(str(error))) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the trainer; unless a logger is given, TensorBoard writes into ``default_root_dir`` itself."""
+        config = self._get(self.config_init, "trainer")
+        if config.get("logger") is None or config.get("logger") is True:
+            folder = config["default_root_dir"]
+            kwargs["logger"] = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
+        keys = self._parser(self.subcommand).callback_keys
+        if config.get("enable_checkpointing") is False and "checkpoint" in keys:
+            keys.remove("checkpoint")
+        return super().instantiate_trainer(**kwargs)
+
+
+def check_writable(folder: str | Path) -> None:
+    """Raise if files cannot be written in this folder, without creating it.
+
+    Raises:
+        OSError: naming the folder and the reason.
+    """
+    target = Path(folder)
+    if "://" in str(folder):
+        return
+    try:
+        existing = next(path for path in (target, *target.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"cannot write to the output folder {target}: {reason}") from error
+
+
+def class_help() -> str:
+    """Return the options of every shipped model, data module, loss and callback."""
+    sections = []
+    for title, package, base in (
+        ("models (model.class_path)", cvae_lightning.modules, LightningModule),
+        ("data modules (data.class_path)", cvae_lightning.data, LightningDataModule),
+        ("losses (model.init_args.losses.<name>.class_path)", cvae_lightning.losses, LossCallback),
+        ("callbacks (trainer.callbacks)", cvae_lightning.callbacks, Callback),
+    ):
+        classes = [c for _, c in sorted(vars(package).items()) if isinstance(c, type) and issubclass(c, base)]
+        for cls in classes:
+            if getattr(cls, "__abstractmethods__", None):
+                continue
+            parser = ArgumentParser(prog=cls.__name__, usage=argparse.SUPPRESS, add_help=False)
+            parser.add_class_arguments(cls, "init_args", fail_untyped=False)
+            sections.append(f"\n=== {title}: {package.__name__}.{cls.__name__}\n{parser.format_help()}")
+    return "".join(sections)
+
+
+def quieten() -> None:
+    """Leave out what Lightning says to its own developers, and its advertisements."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    tips.addFilter(lambda record: "litlogger" not in record.getMessage())
+
+
+def run(args: list[str] | None = None) -> None:
+    """Parse the command line and run the subcommand."""
+    quieten()
+    try:
+        CVAELightningCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=1,
+            save_config_kwargs={"overwrite": True},
+            args=args,
+        )
+    except SystemExit:
+        words = sys.argv[1:] if args is None else args
+        if "-h" in words or "--help" in words:
+            with contextlib.suppress(BrokenPipeError):
+                print(class_help())
+        raise

@@ -1,0 +1,7 @@
+"""LightningModules: the entangled model and the conditional VAEs built on it."""
+
+from cvae_lightning.modules.base import CVAEModule
+from cvae_lightning.modules.discrete import SharedDiscreteCVAE
+from cvae_lightning.modules.entangled import EntangledLM
+
+__all__ = ["CVAEModule", "EntangledLM", "SharedDiscreteCVAE"]

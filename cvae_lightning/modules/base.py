@@ -1,0 +1,256 @@
+"""CVAEModule: the step of every conditional VAE of the package, as named stages in the order of the mathematics."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from cvae_lightning.backbones.artifact import Baseline, check_c_base
+from cvae_lightning.backbones.causal_lm import add_token_rows, load_causal_lm, load_tokenizer, set_dropout
+from cvae_lightning.functional import global_batch_mean, local_batch
+from cvae_lightning.losses import LossCallback
+from cvae_lightning.modules.entangled import measure_baseline
+from cvae_lightning.modules.language_model import LanguageModule, describe_lm, rebuild_lm
+from cvae_lightning.outputs import ContinuousOutputs, DiscreteOutputs, PairBatch
+from cvae_lightning.template import PromptTemplate
+
+Outputs = DiscreteOutputs | ContinuousOutputs
+
+
+class CVAEModule(LanguageModule):
+    """Router, generator and posterior around an entangled model, with pluggable losses.
+
+    Subclasses say what the latent is; a user's subclass overrides one stage of :meth:`compute_outputs`, or
+    :meth:`objective`.
+    """
+
+    def __init__(
+        self,
+        entangled: str | dict[str, str],
+        losses: dict[str, LossCallback | None],
+        num_latent_tokens: int,
+        baseline: Literal["frozen", "dynamic"],
+        c_base: float | str,
+        max_length: int | None,
+        on_overflow: Literal["error", "skip"],
+        padding_side: Literal["left", "right"],
+        dropout: float,
+        learning_rate: float,
+        warmup_steps: int,
+        final_learning_rate_fraction: float,
+        weight_decay: float,
+    ) -> None:
+        super().__init__(learning_rate, warmup_steps, final_learning_rate_fraction, weight_decay)
+        self.losses = _loss_dict(losses)
+        self.baseline_policy = baseline
+        self.entangled = entangled
+        if isinstance(entangled, str):
+            lm, tokenizer, self.artifact = (
+                load_causal_lm(entangled),
+                load_tokenizer(entangled),
+                Baseline.load(entangled),
+            )
+        else:
+            (lm, tokenizer), self.artifact = rebuild_lm(entangled), None
+        self.template = PromptTemplate(tokenizer, num_latent_tokens, max_length, on_overflow, padding_side)
+        self.c_base: float | None = None
+        if isinstance(c_base, str):
+            if c_base != "auto":
+                raise ValueError(f"c_base must be 'auto' or a positive number of nats per token, got {c_base!r}")
+            self.c_base = self.artifact.c_base if self.artifact else None
+        else:
+            self.c_base = check_c_base(c_base, "model.c_base")
+        set_dropout(lm, dropout)
+        self.lm = lm
+        self.keep_longest_y()
+        self._reference: list[Any] = []  # a list keeps the frozen model out of parameters() and checkpoints
+
+    # The line of the step: batch -> outputs -> terms -> objective -> log.
+
+    def _step(self, batch: PairBatch, stage: str) -> tuple[Tensor, dict[str, Tensor], Outputs]:
+        """Return (total, raw terms, outputs) of one batch."""
+        outputs = self.compute_outputs(batch, self.required_fields(stage))
+        terms = self.loss_terms(outputs)
+        return self.objective(terms), terms, outputs
+
+    @abstractmethod
+    def compute_outputs(self, batch: PairBatch, fields: frozenset[str]) -> Outputs:
+        """Run router, generator and posterior; compute the optional ``fields`` that somebody reads."""
+
+    def required_fields(self, stage: str) -> frozenset[str]:
+        """Return the optional output fields to compute: what losses read, and at evaluation what metrics read too."""
+        fields = frozenset().union(*(loss.requires for loss in self._loss_modules()))
+        if stage != "train":
+            fields |= {"inter_latent_jsd"} | ({"baseline_nll"} if self.has_reference else set())
+        return fields
+
+    def loss_terms(self, outputs: Outputs) -> dict[str, Tensor]:
+        """Return every raw term as a mean over the global batch; terms of weight 0 without gradient."""
+        terms: dict[str, Tensor] = {}
+        for name, loss in self.losses.items():
+            with torch.set_grad_enabled(torch.is_grad_enabled() and loss.weight != 0):
+                terms[name] = loss(outputs)
+        rows = {name: value for name, value in terms.items() if value.ndim == 1}
+        if rows:  # one reduction for all of them
+            means = global_batch_mean(torch.stack(list(rows.values()), -1))
+            terms |= {name: means[i] if rows[name].requires_grad else means[i].detach() for i, name in enumerate(rows)}
+        return terms
+
+    def objective(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """Return J = sum_i weight_i L_i over the terms whose weight is not 0."""
+        active = [self.losses[name].weight * term for name, term in terms.items() if self.losses[name].weight != 0]
+        if not active:
+            raise ValueError("every loss has weight 0, so there is nothing to minimise: give at least one a weight")
+        return torch.stack(active).sum()
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
+        """Return the objective of a batch and log its raw terms, weights and contributions."""
+        self.watch_length(batch)
+        total, terms, outputs = self._step(batch, "train")
+        self.last_terms = {name: term.detach() for name, term in terms.items()}
+        weighted = {name: (self.losses[name].weight * term).abs() for name, term in self.last_terms.items()}
+        scale = torch.stack(list(weighted.values())).sum().clamp_min(1e-12)
+        self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(batch))
+        self.log_dict(
+            {f"train/{name}": term for name, term in self.last_terms.items()}
+            | {f"train/loss_contrib/fraction_abs/{name}": part / scale for name, part in weighted.items()}
+            | {f"train/weight/{name}": self.losses[name].weight for name in terms}
+            | self._prefixed("train/diagnostics/", self.diagnostics(outputs)),
+            batch_size=len(batch),
+        )
+        return total
+
+    @torch.no_grad()
+    def diagnostics(self, outputs: Outputs) -> dict[str, Tensor]:
+        """Return the diagnostics of all losses."""
+        return {key: value for loss in self._loss_modules() for key, value in loss.diagnostics(outputs).items()}
+
+    def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
+        """Accumulate every metric of the split."""
+        self._evaluation_step(batch, batch_idx, "val")
+
+    def test_step(self, batch: PairBatch, batch_idx: int) -> None:
+        """Accumulate every metric of the split."""
+        self._evaluation_step(batch, batch_idx, "test")
+
+    def _evaluation_step(self, batch: PairBatch, batch_idx: int, stage: str) -> None:
+        self.watch_length(batch)
+        with local_batch():  # ranks may hold different numbers of batches
+            _, terms, outputs = self._step(batch, stage)
+            extra = self.diagnostics(outputs)
+        self.update_metrics(batch, outputs, terms, extra)
+        if batch_idx == 0:
+            self.last_outputs = {"batch": batch, "outputs": outputs}
+
+    @abstractmethod
+    def update_metrics(
+        self, batch: PairBatch, outputs: Outputs, terms: Mapping[str, Tensor], extra: Mapping[str, Tensor]
+    ) -> None:
+        """Accumulate one evaluation batch."""
+
+    @abstractmethod
+    def compute_metrics(self) -> dict[str, Tensor]:
+        """Return the metrics of the split by log key (without stage), and reset them."""
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of the split."""
+        self.log_dict(self._prefixed("val/", self.compute_metrics()), sync_dist=True)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics of the split."""
+        self.log_dict(self._prefixed("test/", self.compute_metrics()), sync_dist=True)
+
+    # The entangled model.
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the frozen entangled model is at hand (it is not after loading a checkpoint on its own)."""
+        return bool(self._reference) or isinstance(self.entangled, str)
+
+    def reference(self) -> Any:
+        """Return the frozen entangled model, loaded when it is first needed."""
+        if not self._reference:
+            if not isinstance(self.entangled, str):
+                raise ValueError(
+                    "a loss needs the entangled model's NLL, but this module was restored from a checkpoint alone: "
+                    "give model.entangled as a folder or hub name"
+                )
+            lm = load_causal_lm(self.entangled).eval().requires_grad_(False)
+            # Markers that a foreign model lacks get rows; latents get none: they would take probability from y.
+            add_token_rows(lm, max(self.template.marker_ids.values()) + 1, 1.0)
+            self._reference.append(lm)
+        if self._reference[0].device != self.device:
+            self._reference[0].to(self.device)
+        return self._reference[0]
+
+    @torch.no_grad()
+    def baseline_nll(self, batch: PairBatch) -> Tensor:
+        """Return b_t = -log p_ref(y_t|x,y_<t), [B, T]: of the frozen entangled model, or of the backbone without z."""
+        if self.baseline_policy == "frozen" or not self.training:
+            return self.free_token_nll(self.reference(), batch)
+        return self.free_token_nll(self.lm, batch)
+
+    def setup(self, stage: str) -> None:
+        """Compare the artifact with the data it is now used on."""
+        data = getattr(self.trainer, "datamodule", None)
+        if self.artifact and data is not None and hasattr(data, "fingerprint"):
+            found = {"data": data.fingerprint("val"), "template": self.template.fingerprint()}
+            for what, now in found.items():
+                if getattr(self.artifact, what) != now:
+                    rank_zero_warn(
+                        f"c_base was measured with {what} fingerprint {getattr(self.artifact, what)} "
+                        f"({self.entangled}/baseline.json), this run has {now}: rho_recon compares unlike things. "
+                        "Run `cvae-lightning validate` on the entangled model with this data, or set model.c_base"
+                    )
+
+    def on_fit_start(self) -> None:
+        """Measure c_base where the artifact holds none."""
+        self.ensure_c_base()
+
+    def on_validation_start(self) -> None:
+        """Measure c_base where the artifact holds none."""
+        self.ensure_c_base()
+
+    def on_test_start(self) -> None:
+        """Measure c_base where the artifact holds none."""
+        self.ensure_c_base()
+
+    def ensure_c_base(self) -> None:
+        """Measure c_base on the validation split if it was neither given nor found in the artifact."""
+        if self.c_base is None and self.has_reference:
+            loader = self.trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+            self.c_base = measure_baseline(self, self.reference(), loader)[0]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make the checkpoint self-contained: config, tokenizer and c_base among the hyperparameters."""
+        hyperparameters = dict(checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}))
+        hyperparameters["entangled"] = describe_lm(self.lm, self.template.tokenizer)
+        if self.c_base is not None:
+            hyperparameters["c_base"] = self.c_base
+        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = hyperparameters
+
+    # Small things.
+
+    def _loss_modules(self) -> list[LossCallback]:
+        return list(self.losses.values())  # type: ignore[arg-type]
+
+    @staticmethod
+    def _prefixed(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        return {prefix + key: value for key, value in values.items()}
+
+
+def _loss_dict(losses: dict[str, LossCallback | None]) -> nn.ModuleDict:
+    chosen = {name: loss for name, loss in losses.items() if loss is not None}
+    if not chosen:
+        raise ValueError("`losses` is empty: name at least one loss")
+    for name, loss in chosen.items():
+        if not isinstance(loss, LossCallback):
+            raise ValueError(f"losses[{name!r}] must be a LossCallback, got {type(loss).__name__}")
+        if "." in name or hasattr(nn.ModuleDict(), name):
+            raise ValueError(f"{name!r} cannot name a loss: choose a name without dots that is no method of a dict")
+    return nn.ModuleDict(chosen)

@@ -1,0 +1,274 @@
+"""SharedDiscreteCVAE: K latent tokens in one shared model, enumerated exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from cvae_lightning.backbones.branches import BranchMethod, BranchOutput, run_branches
+from cvae_lightning.backbones.causal_lm import add_token_rows, fill_rows, has_dropout, head_of
+from cvae_lightning.backbones.posterior import Pooling, PosteriorNetwork
+from cvae_lightning.functional import exact_posterior
+from cvae_lightning.losses import LossCallback
+from cvae_lightning.metrics.discrete import DiscreteMetrics
+from cvae_lightning.modules.base import CVAEModule, Outputs
+from cvae_lightning.modules.language_model import token_stats
+from cvae_lightning.outputs import DiscreteOutputs, PairBatch
+
+
+class SharedDiscreteCVAE(CVAEModule):
+    """A conditional VAE whose latent is one of K tokens of a shared causal language model.
+
+    Generative process: z ~ p(z|x), the next-token distribution at ``<z>`` restricted to the K latent tokens;
+    y ~ p(y|x,z), the continuation of ``<x> x </x> <z> z_k </z> <y>``. Inference: q(z|x,y), a posterior network that
+    reads the z-free record, or the exact posterior q* ~ p(z|x) exp(-sum_t nll_t(z) / temperature) over the enumerated
+    latents, which the network then learns by distillation.
+
+    | symbol | variable | shape |
+    |---|---|---|
+    | log p(z|x) | ``router_log_probs`` | [B, K] |
+    | log q(z|x,y) | ``posterior_log_probs``, ``amortized_log_probs`` | [B, K] |
+    | -log p(y_t|x,z_k,y_<t) | ``token_nll`` | [B, K, T] |
+
+    Args:
+        entangled: the entangled model: an artifact folder, or any Hugging Face causal LM folder or hub name. (A
+            checkpoint carries the description of its own model here.)
+        losses: terms of the objective by log name; null switches one off.
+        num_latents: K, at least 2.
+        posterior: what weighs the objective: ``exact`` (enumerated) or ``amortized`` (the posterior network).
+        posterior_temperature: beta of the exact posterior and of the free energy; > 0; below 1 sharpens.
+        pooling: of the posterior network over the y-region.
+        baseline: whose NLL weighs tokens: the ``frozen`` entangled model or the current backbone (``dynamic``).
+        c_base: nats per token of the entangled model; ``auto`` reads the artifact, else measures it before training.
+        latent_token_std: noise of the latent rows at the start, in units of the embedding's standard deviation.
+        branch_method: how the K branches are run: ``cache`` shares the prefix, ``repeat`` reads it K times.
+        max_length: longest generator prompt in tokens; null = unlimited.
+        on_overflow: what happens to a longer record: ``error``, or ``skip`` it and say how many.
+        padding_side: side on which x is padded.
+        dropout: of generator and posterior; 0 is right for an inter-latent divergence.
+        learning_rate: peak learning rate of AdamW.
+        warmup_steps: optimizer steps of linear warm-up.
+        final_learning_rate_fraction: share of the peak at which the cosine decay ends.
+        weight_decay: of matrices.
+
+    Raises:
+        ValueError: for fewer than two latents, a temperature <= 0, or an entangled model that cannot be read.
+    """
+
+    def __init__(
+        self,
+        entangled: str | dict[str, str],
+        losses: dict[str, LossCallback | None],
+        num_latents: int = 4,
+        posterior: Literal["exact", "amortized"] = "exact",
+        posterior_temperature: float = 0.3,
+        pooling: Pooling = "mean",
+        baseline: Literal["frozen", "dynamic"] = "frozen",
+        c_base: float | Literal["auto"] = "auto",
+        latent_token_std: float = 1.0,
+        branch_method: BranchMethod = "cache",
+        max_length: int | None = None,
+        on_overflow: Literal["error", "skip"] = "error",
+        padding_side: Literal["left", "right"] = "left",
+        dropout: float = 0.0,
+        learning_rate: float = 1e-3,
+        warmup_steps: int = 30,
+        final_learning_rate_fraction: float = 0.05,
+        weight_decay: float = 0.0,
+    ) -> None:
+        if num_latents < 2:
+            raise ValueError(f"num_latents must be at least 2 for z to mean anything, got {num_latents}")
+        if posterior_temperature <= 0:
+            raise ValueError(f"posterior_temperature must be positive, got {posterior_temperature}")
+        super().__init__(
+            entangled,
+            losses,
+            num_latents,
+            baseline,
+            c_base,
+            max_length,
+            on_overflow,
+            padding_side,
+            dropout,
+            learning_rate,
+            warmup_steps,
+            final_learning_rate_fraction,
+            weight_decay,
+        )
+        self.num_latents = num_latents
+        self.posterior_kind = posterior
+        self.posterior_temperature = posterior_temperature
+        self.branch_method: BranchMethod = branch_method
+        self._prepare_latent_rows(latent_token_std)
+        self.posterior_network = PosteriorNetwork(deepcopy(self.lm), num_latents, pooling)
+        self.metrics = DiscreteMetrics(num_latents, list(self.losses))
+
+    def _prepare_latent_rows(self, std: float) -> None:
+        known = self.lm.get_input_embeddings().weight.shape[0]
+        add_token_rows(self.lm, len(self.template), std)
+        fresh = {*self.template.latent_ids}
+        source = [i for i in range(min(known, len(self.template))) if i not in fresh]
+        tables = {id(e.weight): e.weight for e in (self.lm.get_input_embeddings(), self.lm.get_output_embeddings())}
+        for weight in tables.values():
+            fill_rows(weight, self.template.latent_ids, source, std)
+
+    # The stages. Override one of them to change it.
+
+    def compute_outputs(self, batch: PairBatch, fields: frozenset[str]) -> DiscreteOutputs:
+        """Return what losses and metrics read, in the order of the mathematics."""
+        branches = self.encode(batch)
+        router_log_probs = self.router(branches)
+        token_nll, inter_latent_jsd = self.generator(branches, batch, "inter_latent_jsd" in fields)
+        amortized_log_probs = self.amortized_posterior(batch)
+        posterior_log_probs = self.posterior(batch, router_log_probs, token_nll, amortized_log_probs)
+        return DiscreteOutputs(
+            router_log_probs=router_log_probs,
+            posterior_log_probs=posterior_log_probs,
+            amortized_log_probs=amortized_log_probs,
+            token_nll=token_nll,
+            y_mask=batch.y_mask,
+            temperature=token_nll.new_tensor(self.posterior_temperature),
+            c_base=None if self.c_base is None else token_nll.new_tensor(self.c_base),
+            baseline_nll=self.baseline_nll(batch) if "baseline_nll" in fields else None,
+            inter_latent_jsd=inter_latent_jsd,
+        )
+
+    def encode(self, batch: PairBatch) -> BranchOutput:
+        """Run the shared prefix ``<bos> <x> x </x> <z>`` and the K branches behind it."""
+        size, m = len(batch), self.template.marker_ids
+        latents = torch.tensor(self.template.latent_ids, device=batch.y_ids.device)
+        section = torch.stack([latents, *(torch.full_like(latents, m[t]) for t in ("</z>", "<y>"))], -1)  # [K, 3]
+        y_ids = batch.y_ids[:, None, :-1].expand(-1, self.num_latents, -1)
+        suffix_ids = torch.cat([section.expand(size, -1, -1), y_ids], -1)  # [B, K, 2 + T]
+        suffix_mask = torch.cat([batch.y_mask.new_ones(size, 3), batch.y_mask[:, :-1]], -1)
+        prefix_ids, prefix_mask = self._with_z(batch)
+        return run_branches(self.lm, prefix_ids, prefix_mask, suffix_ids, suffix_mask, self.branch_method)
+
+    def _with_z(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """Return the router prompts and their mask, [B, P + 1]; ``<z>`` stands behind the last real token."""
+        mask = torch.cat([batch.prefix_mask, batch.prefix_mask.new_ones(len(batch), 1)], -1)
+        ids = torch.cat([batch.prefix_ids, batch.prefix_ids[:, :1]], -1)
+        z = self.template.marker_ids["<z>"]
+        if self.template.padding_side == "left":
+            ids = torch.cat([batch.prefix_ids, torch.full_like(batch.prefix_ids[:, :1], z)], -1)
+            return ids, mask
+        end = batch.prefix_mask.sum(-1, keepdim=True)
+        position = torch.arange(mask.shape[1], device=mask.device)
+        return torch.where(position == end, z, ids), position <= end
+
+    def router(self, branches: BranchOutput) -> Tensor:
+        """Return log p(z_k|x), [B, K]: the logits at ``<z>`` restricted to the latent tokens."""
+        rows = torch.tensor(self.template.latent_ids, device=branches.router_hidden.device)
+        return head_of(self.lm).logits(branches.router_hidden, rows).log_softmax(-1)
+
+    def generator(self, branches: BranchOutput, batch: PairBatch, need_jsd: bool) -> tuple[Tensor, Tensor | None]:
+        """Return -log p(y_t|x,z_k,y_<t), [B, K, T], and the inter-latent JSD, [B, T], if asked for."""
+        return token_stats(branches.hidden[:, :, 2:], head_of(self.lm), batch, need_jsd)
+
+    def amortized_posterior(self, batch: PairBatch) -> Tensor:
+        """Return log q_xi(z_k|x,y), [B, K], from the posterior network."""
+        y_open = torch.full_like(batch.y_ids[:, :1], self.template.marker_ids["<y>"])
+        on, off = batch.y_mask.new_ones(len(batch), 1), torch.zeros_like(batch.prefix_mask)
+        ids = torch.cat([batch.prefix_ids, y_open, batch.y_ids], -1)
+        mask = torch.cat([batch.prefix_mask, on, batch.y_mask], -1)
+        region = torch.cat([off, on, batch.y_mask], -1)
+        return self.posterior_network(ids, mask, region).log_softmax(-1)
+
+    def posterior(
+        self, batch: PairBatch, router_log_probs: Tensor, token_nll: Tensor, amortized_log_probs: Tensor
+    ) -> Tensor:
+        """Return log q(z_k|x,y), [B, K], that weighs the objective.
+
+        The exact posterior takes its values from a pass without dropout, where there is dropout (Shen et al. 2019,
+        arXiv 1902.07816), and its gradient from the pass at hand.
+        """
+        if self.posterior_kind == "amortized":
+            return amortized_log_probs
+        log_q = exact_posterior(router_log_probs, token_nll.sum(-1), self.posterior_temperature)
+        if not (self.lm.training and has_dropout(self.lm)):
+            return log_q
+        with torch.no_grad():
+            self.lm.eval()
+            branches = self.encode(batch)
+            clean_nll, _ = self.generator(branches, batch, need_jsd=False)
+            clean = exact_posterior(self.router(branches), clean_nll.sum(-1), self.posterior_temperature)
+            self.lm.train()
+        return log_q + (clean - log_q.detach())
+
+    # Metrics.
+
+    def setup(self, stage: str) -> None:
+        """Size the alignment table by the data's strategies."""
+        super().setup(stage)
+        names = getattr(getattr(self.trainer, "datamodule", None), "strategy_names", None) or []
+        self.metrics.set_strategies(len(names))
+
+    def update_metrics(
+        self, batch: PairBatch, outputs: Outputs, terms: Mapping[str, Tensor], extra: Mapping[str, Tensor]
+    ) -> None:
+        """Accumulate one evaluation batch."""
+        weights = {name: float(loss.weight) for name, loss in self.losses.items()}  # type: ignore[arg-type]
+        self.metrics.update(cast(DiscreteOutputs, outputs), batch.strategy, terms, weights, extra)
+
+    def compute_metrics(self) -> dict[str, Tensor]:
+        """Return the metrics of the split by log key."""
+        return self.metrics.compute_and_reset(self.c_base)
+
+    # Use.
+
+    @torch.no_grad()
+    def route(self, x: Sequence[str]) -> Tensor:
+        """Return log p(z_k|x) for texts x, [len(x), K], on the CPU."""
+        training = self.training
+        self.eval()
+        ids, mask = (t.to(self.device) for t in self.template.prefixes(x))
+        z = torch.full_like(ids[:, :1], self.template.marker_ids["<z>"])
+        ids, mask = torch.cat([ids, z], -1), torch.cat([mask, torch.ones_like(mask[:, :1])], -1)
+        hidden = run_branches(self.lm, ids, mask, ids[:, None, :0], mask[:, :0], "repeat").router_hidden
+        self.train(training)
+        return self.router(BranchOutput(hidden[:, None, None], hidden)).cpu()
+
+    def generate(
+        self, x: Sequence[str], z: int | Sequence[int] | Literal["router", "argmax"] = "router", **options: Any
+    ) -> list[str]:
+        """Return one y per x.
+
+        Args:
+            x: inputs.
+            z: a latent for all x, one latent per x, ``router`` to sample z from p(z|x), or ``argmax`` of p(z|x).
+            options: ``do_sample``, ``temperature``, ``max_new_tokens``, ``generator_seed``, ``batch_size``.
+
+        Raises:
+            ValueError: if a latent is not in 0 .. K-1, or their number differs from that of x.
+        """
+        if not len(x):
+            return []
+        if isinstance(z, str):
+            if z not in ("router", "argmax"):
+                raise ValueError(f"z must be a latent, a list of latents, 'router' or 'argmax', got {z!r}")
+            log_probs = self.route(x)
+            seed = options.get("generator_seed")
+            source = None if seed is None else torch.Generator().manual_seed(seed)
+            drawn = log_probs.argmax(-1) if z == "argmax" else torch.multinomial(log_probs.exp(), 1, generator=source)
+            latents = drawn.flatten().tolist()
+        else:
+            latents = [z] * len(x) if isinstance(z, int) else list(z)
+        if len(latents) != len(x) or not all(0 <= k < self.num_latents for k in latents):
+            raise ValueError(f"z must name latents 0 .. {self.num_latents - 1}, one for all or one per x, got {z!r}")
+        m, ids = self.template.marker_ids, self.template.latent_ids
+        return self.generate_from(x, [[m["<z>"], ids[k], m["</z>"]] for k in latents], **options)
+
+    def predict_step(self, batch: PairBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Return one row per record: x, the argmax latent, p(z|x) and the greedy y under that latent."""
+        x = list(batch.x)
+        probs = self.route(x).exp()
+        z = probs.argmax(-1).tolist()
+        ys = self.generate(x, z)
+        return [
+            {"index": i, "x": a, "z": k, "router": [round(p, 6) for p in row], "y": b}
+            for i, a, k, row, b in zip(batch.index.tolist(), x, z, probs.tolist(), ys, strict=True)
+        ]

@@ -1,0 +1,118 @@
+"""The quickstart: runs, and prints, the public commands that take a small example from an entangled model to a CVAE."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from cvae_lightning.recipes import find_recipe
+
+FOLDER = Path("runs/quickstart")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One public command.
+
+    Args:
+        title: what it does, for the user.
+        words: the command after ``cvae-lightning``.
+        product: pattern, below FOLDER, of a file that the command leaves behind.
+    """
+
+    title: str
+    words: tuple[str, ...]
+    product: str
+
+
+STEPS = (
+    Step(
+        "train the entangled language model",
+        ("fit", "--config", "quickstart_entangled"),
+        "entangled/**/baseline.json",
+    ),
+    Step(
+        "post-train it into a SharedDiscreteCVAE",
+        ("fit", "--config", "quickstart_discrete"),
+        "discrete/checkpoints/last.ckpt",
+    ),
+    Step(
+        "evaluate it on the test split",
+        ("test", "--config", "quickstart_discrete", "--ckpt_path", str(FOLDER / "discrete/checkpoints/last.ckpt")),
+        "summary.json",
+    ),
+)
+
+
+def quickstart(args: Sequence[str] = (), program: Sequence[str] | None = None) -> int:
+    """Run the steps that an earlier quickstart has not finished, and return the exit code.
+
+    Args:
+        args: ``--force`` runs every step again.
+        program: the command to call; None = the ``cvae-lightning`` of this environment.
+    """
+    if args and args[0] in ("-h", "--help"):
+        print(f"usage: cvae-lightning quickstart [--force]\n\ntrain and evaluate a small example in {FOLDER}/")
+        return 0
+    if list(args) not in ([], ["--force"]):
+        raise ValueError(f"quickstart takes --force or nothing, got {shlex.join(args)}")
+    program = program or _program()
+    stamp_file = FOLDER / "finished.json"
+    finished = {} if args or not stamp_file.exists() else json.loads(stamp_file.read_text(encoding="utf-8"))
+    upstream, rerun = version("cvae-lightning"), False
+    for number, step in enumerate(STEPS, start=1):
+        upstream = _fingerprint(step, upstream)
+        command = shlex.join(["cvae-lightning", *step.words])
+        print(f"\n[{number}/{len(STEPS)}] {step.title}\n$ {command}", flush=True)
+        done = {} if rerun else finished.get(command, {})
+        if done.get("fingerprint") == upstream and any(FOLDER.glob(step.product)):
+            print(f"finished earlier in {done['seconds']:.0f} s; `cvae-lightning quickstart --force` runs it again")
+            continue
+        rerun = True  # what comes after a step that ran again is stale
+        start = time.monotonic()
+        code = subprocess.run([*program, *step.words], check=False).returncode
+        if code:
+            print(f"cvae-lightning: error: the command above ended with exit code {code}", file=sys.stderr)
+            return code
+        finished[command] = {"fingerprint": upstream, "seconds": time.monotonic() - start}
+        _write_json(stamp_file, finished)
+    _finish(sum(step["seconds"] for step in finished.values()))
+    return 0
+
+
+def _program() -> list[str]:
+    """Return the console script beside this interpreter, or the module where it is not installed."""
+    script = Path(sys.executable).with_name("cvae-lightning")
+    return [str(script)] if script.exists() else [sys.executable, "-m", "cvae_lightning.cli"]
+
+
+def _fingerprint(step: Step, upstream: str) -> str:
+    """Hash the recipe of a step, its command, and all that comes before it."""
+    recipe = find_recipe(step.words[step.words.index("--config") + 1]).read_bytes()
+    return hashlib.blake2b(repr((upstream, step.words, recipe)).encode(), digest_size=8).hexdigest()
+
+
+def _write_json(path: Path, content: dict[str, object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _finish(seconds: float) -> None:
+    """Add the wall time to the summary, and say what to look at next."""
+    path = FOLDER / "summary.json"
+    summary = json.loads(path.read_text(encoding="utf-8")) | {"seconds": round(seconds, 1)}
+    _write_json(path, summary)
+    print(f"\n{path}")
+    for key, value in summary.items():
+        print(f"  {key:34} {value:.4g}" if isinstance(value, float) else f"  {key:34} {value}")
+    print(f"\nLook at the curves and figures:\n$ tensorboard --logdir {FOLDER}")

@@ -1,0 +1,51 @@
+"""Objects that remember how they were built: checkpoints hold plain data and load with ``weights_only=True``."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+
+def to_plain(value: Any) -> Any:
+    """Turn a value into nested dicts, lists and scalars; a ``HasSpec`` object becomes ``{class_path, init_args}``.
+
+    Raises:
+        TypeError: if a value cannot be written as plain data.
+    """
+    if isinstance(value, HasSpec):
+        return value.spec()
+    if isinstance(value, dict):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"hyperparameters must be plain data or components of the package, got {type(value).__name__}")
+
+
+class HasSpec:
+    """Mixin that records the arguments of the outermost ``__init__`` call."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" not in cls.__dict__:
+            return
+        original = cls.__init__
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            if "_spec_args" not in self.__dict__:
+                bound = signature.bind(self, *args, **kwargs)
+                bound.apply_defaults()
+                arguments = dict(list(bound.arguments.items())[1:])
+                object.__setattr__(self, "_spec_args", arguments)
+            original(self, *args, **kwargs)
+
+        cls.__init__ = init  # type: ignore[method-assign]
+
+    def spec(self) -> dict[str, Any]:
+        """Return ``{class_path, init_args}`` in the form that jsonargparse instantiates."""
+        cls = type(self)
+        return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": to_plain(self._spec_args)}  # type: ignore[attr-defined]

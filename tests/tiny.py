@@ -1,0 +1,107 @@
+"""Tiny models, tokenizers and data, built in code: no network, a few milliseconds each."""
+
+from __future__ import annotations
+
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader
+
+from cvae_lightning.backbones.artifact import Baseline, save_artifact
+from cvae_lightning.backbones.causal_lm import build_causal_lm
+from cvae_lightning.backbones.tokenizer import build_tokenizer
+from cvae_lightning.outputs import Record
+from cvae_lightning.template import PromptTemplate
+
+CONFIGS = {
+    "llama": {
+        "model_type": "llama",
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+    },
+    "gpt2": {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    "qwen2": {
+        "model_type": "qwen2",
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+    },
+}
+
+RECORDS = [
+    Record("12", "21=3", 0, 0),
+    Record("7", "77;7=7", 1, 1),
+    Record("3456", "6=6", 0, 2),
+    Record("9", "9;9;9=9", 1, 3),
+    Record("80", "0=8", -1, 4),
+]
+
+
+def tiny_tokenizer():
+    return build_tokenizer(["0123456789;="], "char")
+
+
+def tiny_lm(family="llama", seed=0, dropout=0.0):
+    torch.manual_seed(seed)
+    template = PromptTemplate(tiny_tokenizer())
+    lm = build_causal_lm(CONFIGS[family], len(template), template.pad_id)
+    if family == "gpt2":
+        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+            setattr(lm.config, name, dropout)
+        from cvae_lightning.backbones.causal_lm import set_dropout
+
+        set_dropout(lm, dropout)
+    with torch.no_grad():  # larger weights: logits far from uniform, so that equality tests see something
+        for p in lm.parameters():
+            if p.ndim == 2:
+                p.mul_(8)
+    return lm, template
+
+
+def tiny_artifact(folder, family="llama", seed=0, c_base=1.5, **baseline):
+    lm, template = tiny_lm(family, seed)
+    values = {"num_tokens": 10, "data": "tiny-val", "template": template.fingerprint(), **baseline}
+    save_artifact(folder, lm, template.tokenizer, Baseline(c_base=c_base, **values))
+    return str(folder)
+
+
+class TinyData(LightningDataModule):
+    """The contract of the data modules, over a handful of records."""
+
+    strategy_names = ("first", "second")
+    task = None
+
+    def __init__(self, records=RECORDS, batch_size=4):
+        super().__init__()
+        self.all, self.batch_size = list(records), batch_size
+
+    def records(self, split):
+        return self.all
+
+    def train_texts(self):
+        return ((r.x, r.y) for r in self.all)
+
+    def alphabet(self):
+        return set("0123456789;=")
+
+    def fingerprint(self, split):
+        return f"tiny-{split}"
+
+    def alignment_ceiling(self, split):
+        return None
+
+    def _loader(self, shuffle=False):
+        collate = self.trainer.lightning_module.template.collate
+        return DataLoader(self.all, batch_size=self.batch_size, collate_fn=collate, shuffle=shuffle)
+
+    def train_dataloader(self):
+        return self._loader()
+
+    val_dataloader = test_dataloader = predict_dataloader = train_dataloader
