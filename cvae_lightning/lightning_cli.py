@@ -25,6 +25,7 @@ from cvae_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from cvae_lightning.callbacks.nan_guard import NanGuard
 from cvae_lightning.callbacks.step_seed import StepSeed
 from cvae_lightning.config_merge import MergeConfig, rewrite_nulls
+from cvae_lightning.entangle_first import train_entangled_first
 from cvae_lightning.losses.base import LossCallback
 from cvae_lightning.option_errors import condense, explain
 
@@ -52,6 +53,13 @@ class CVAELightningCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks that every run has, and their defaults."""
+        parser.add_argument(
+            "--entangled_config",
+            type=str | None,
+            default=None,
+            help="Recipe or file that trains the entangled model; `fit` runs it first, on the same data, if "
+            "`model.entangled` is the folder that it writes and holds no trained model yet.",
+        )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(StepSeed, "step_seed")
         parser.add_lightning_class_args(NanGuard, "nan_guard")
@@ -87,6 +95,10 @@ class CVAELightningCLI(LightningCLI):
         output_dir = model.get("init_args.output_dir")
         for folder in filter(None, (trainer.get("default_root_dir"), checkpoint.get("dirpath"), output_dir)):
             check_writable(folder)
+        recipe = self._get(self.config, "entangled_config")
+        if self.subcommand == "fit" and recipe:
+            self._dump_config()
+            train_entangled_first(recipe, self.config_dump)
         if self.subcommand != "fit":
             self.save_config_kwargs["config_filename"] = f"config_{self.subcommand}.yaml"
 

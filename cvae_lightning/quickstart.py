@@ -52,43 +52,43 @@ STEPS = (
 )
 
 
-def quickstart(args: Sequence[str] = (), program: Sequence[str] | None = None) -> int:
+def quickstart(args: Sequence[str] = (), command: Sequence[str] | None = None) -> int:
     """Run the steps that an earlier quickstart has not finished, and return the exit code.
 
     Args:
         args: ``--force`` runs every step again.
-        program: the command to call; None = the ``cvae-lightning`` of this environment.
+        command: the command to call; None = the ``cvae-lightning`` of this environment.
     """
     if args and args[0] in ("-h", "--help"):
         print(f"usage: cvae-lightning quickstart [--force]\n\ntrain and evaluate a small example in {FOLDER}/")
         return 0
     if list(args) not in ([], ["--force"]):
         raise ValueError(f"quickstart takes --force or nothing, got {shlex.join(args)}")
-    program = program or _program()
+    command_line = command or program()
     stamp_file = FOLDER / "finished.json"
     finished = {} if args or not stamp_file.exists() else json.loads(stamp_file.read_text(encoding="utf-8"))
     upstream, rerun = version("cvae-lightning"), False
     for number, step in enumerate(STEPS, start=1):
         upstream = _fingerprint(step, upstream)
-        command = shlex.join(["cvae-lightning", *step.words])
-        print(f"\n[{number}/{len(STEPS)}] {step.title}\n$ {command}", flush=True)
-        done = {} if rerun else finished.get(command, {})
+        shown = shlex.join(["cvae-lightning", *step.words])
+        print(f"\n[{number}/{len(STEPS)}] {step.title}\n$ {shown}", flush=True)
+        done = {} if rerun else finished.get(shown, {})
         if done.get("fingerprint") == upstream and any(FOLDER.glob(step.product)):
             print(f"finished earlier in {done['seconds']:.0f} s; `cvae-lightning quickstart --force` runs it again")
             continue
         rerun = True  # what comes after a step that ran again is stale
         start = time.monotonic()
-        code = subprocess.run([*program, *step.words], check=False).returncode
+        code = subprocess.run([*command_line, *step.words], check=False).returncode
         if code:
             print(f"cvae-lightning: error: the command above ended with exit code {code}", file=sys.stderr)
             return code
-        finished[command] = {"fingerprint": upstream, "seconds": time.monotonic() - start}
+        finished[shown] = {"fingerprint": upstream, "seconds": time.monotonic() - start}
         _write_json(stamp_file, finished)
     _finish(sum(step["seconds"] for step in finished.values()))
     return 0
 
 
-def _program() -> list[str]:
+def program() -> list[str]:
     """Return the console script beside this interpreter, or the module where it is not installed."""
     script = Path(sys.executable).with_name("cvae-lightning")
     return [str(script)] if script.exists() else [sys.executable, "-m", "cvae_lightning.cli"]

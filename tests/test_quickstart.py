@@ -45,7 +45,7 @@ def run(tmp_path, monkeypatch):
     def call(*args):
         calls = tmp_path / "calls.txt"
         calls.unlink(missing_ok=True)
-        code = quickstart(args, program=[sys.executable, "-S", "stand_in.py"])
+        code = quickstart(args, command=[sys.executable, "-S", "stand_in.py"])
         return code, calls.read_text().splitlines() if calls.exists() else []
 
     return call

@@ -29,7 +29,7 @@ def run_branches(
     lm: Any,
     prefix_ids: Tensor,
     prefix_mask: Tensor,
-    suffix_ids: Tensor,
+    suffix: Tensor,
     suffix_mask: Tensor,
     method: BranchMethod = "cache",
 ) -> BranchOutput:
@@ -40,11 +40,13 @@ def run_branches(
     Args:
         lm: a Hugging Face causal LM.
         prefix_ids, prefix_mask: [B, P]; bool mask, True counts.
-        suffix_ids: [B, K, S]. suffix_mask: [B, S], shared by the branches, padded on the right.
+        suffix: [B, K, S] token ids, or [B, K, S, D] input embeddings where a latent is a vector.
+        suffix_mask: [B, S], shared by the branches, padded on the right.
         method: ``cache`` reads the prefix once and copies its keys and values to the branches; ``repeat`` reads it K
             times, works for every family, and is the reference.
     """
-    batch, num_latents, length = suffix_ids.shape
+    batch, num_latents, length = suffix.shape[:3]
+    embedded = suffix.is_floating_point()
     width = prefix_ids.shape[1]
     last = (prefix_mask * torch.arange(1, width + 1, device=prefix_mask.device)).argmax(-1)
     rows = torch.arange(batch, device=last.device)
@@ -54,9 +56,15 @@ def run_branches(
     decoder = decoder_of(lm)
 
     if method == "repeat":
-        ids = torch.cat([prefix_ids[:, None].expand(-1, num_latents, -1), suffix_ids], -1).flatten(0, 1)
+        prefix = decoder.get_input_embeddings()(prefix_ids) if embedded else prefix_ids
+        tokens = torch.cat([prefix[:, None].expand(-1, num_latents, *prefix.shape[1:]), suffix], 2).flatten(0, 1)
         positions = torch.cat([prefix_positions, suffix_positions], -1).repeat_interleave(num_latents, 0)
-        hidden = decoder(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+        hidden = decoder(
+            **{"inputs_embeds" if embedded else "input_ids": tokens},
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=False,
+        ).last_hidden_state
         hidden = hidden.unflatten(0, (batch, num_latents))  # [B, K, P+S, D]
         return BranchOutput(hidden[:, :, width:], hidden[rows, 0, last])
 
@@ -74,7 +82,7 @@ def run_branches(
         raise ValueError("this model did not keep the prefix in its cache (gradient checkpointing?): use method=repeat")
     cache.batch_repeat_interleave(num_latents)  # differentiable
     hidden = decoder(
-        input_ids=suffix_ids.flatten(0, 1),
+        **{"inputs_embeds" if embedded else "input_ids": suffix.flatten(0, 1)},
         attention_mask=mask,
         position_ids=suffix_positions.repeat_interleave(num_latents, 0),
         past_key_values=cache,

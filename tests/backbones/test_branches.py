@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import CONFIGS, RECORDS, tiny_artifact
 
+from cvae_lightning.backbones.branches import run_branches
 from cvae_lightning.losses import ReconstructionLoss
 from cvae_lightning.modules import SharedDiscreteCVAE
 
@@ -103,3 +104,15 @@ def test_route_equals_the_router_of_the_step(artifact):
     model = module(artifact).eval()
     outputs = model.compute_outputs(model.template.collate(RECORDS), frozenset())
     torch.testing.assert_close(model.route([r.x for r in RECORDS]), outputs.router_log_probs, atol=1e-5, rtol=1e-5)
+
+
+def test_embedded_suffixes_equal_token_suffixes(artifact):
+    model = module(artifact).eval()
+    batch = model.template.collate(RECORDS)
+    ids = torch.randint(0, 10, (len(RECORDS), 2, 4))
+    vectors = model.lm.get_input_embeddings()(ids)
+    mask = torch.ones(len(RECORDS), 4, dtype=torch.bool)
+    for method in ("cache", "repeat"):
+        runs = [run_branches(model.lm, batch.prefix_ids, batch.prefix_mask, s, mask, method) for s in (ids, vectors)]
+        torch.testing.assert_close(runs[0].hidden, runs[1].hidden, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(runs[0].router_hidden, runs[1].router_hidden, atol=1e-5, rtol=1e-5)
