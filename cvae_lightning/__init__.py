@@ -1,14 +1,21 @@
 """From an entangled language model p(y|x) to a router p(z|x), a generator p(y|x,z) and a posterior q(z|x,y)."""
 
-from cvae_lightning.losses import LossCallback
-from cvae_lightning.modules import CVAEModule, EntangledLM, SharedDiscreteCVAE
-from cvae_lightning.outputs import ContinuousOutputs, DiscreteOutputs, PairBatch, Record
-from cvae_lightning.template import PromptTemplate
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cvae_lightning.losses import LossCallback
+    from cvae_lightning.modules import ContinuousCVAE, CVAEModule, EntangledLM, SharedDiscreteCVAE
+    from cvae_lightning.outputs import ContinuousOutputs, DiscreteOutputs, PairBatch, Record
+    from cvae_lightning.template import PromptTemplate
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CVAEModule",
+    "ContinuousCVAE",
     "ContinuousOutputs",
     "DiscreteOutputs",
     "EntangledLM",
@@ -18,3 +25,14 @@ __all__ = [
     "Record",
     "SharedDiscreteCVAE",
 ]
+
+_HOME = {"LossCallback": "losses", "PromptTemplate": "template"}
+_HOME |= dict.fromkeys(("CVAEModule", "ContinuousCVAE", "EntangledLM", "SharedDiscreteCVAE"), "modules")
+_HOME |= dict.fromkeys(("ContinuousOutputs", "DiscreteOutputs", "PairBatch", "Record"), "outputs")
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that light commands do not wait for torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

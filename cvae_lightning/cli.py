@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -35,6 +36,8 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         return _run(words)
     except SystemExit as stop:
+        if type(stop).__name__ == "SIGTERMException":  # Lightning's; its code says success
+            return 128 + signal.SIGTERM
         if stop.code is None or isinstance(stop.code, int):
             return stop.code or 0
         raise
@@ -99,7 +102,12 @@ def _message(error: Exception) -> str:
     """Return the message of an error, with its type where it has none."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    return str(error).strip() or type(error).__name__
+    text = str(error).strip() or type(error).__name__
+    if "Error(s) in loading state_dict" in text:
+        first, *more = [line.strip() for line in text.splitlines()[1:] if line.strip()] or [text]
+        rest = f" (and {len(more)} more)" if more else ""
+        text = f"the checkpoint does not fit the model that the config describes: {first:.300}{rest}"
+    return text
 
 
 if __name__ == "__main__":

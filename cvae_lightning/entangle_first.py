@@ -15,7 +15,7 @@ from cvae_lightning.quickstart import program
 from cvae_lightning.recipes import find_recipe
 
 OWN_DATA_ARGUMENTS = ("batch_size", "eval_batch_size")
-"""What the entangled recipe decides for itself; the rest of the data settings come from the run that needs the model."""
+"""What the entangled recipe decides for itself; all else about the data comes from the run that needs the model."""
 
 
 def train_entangled_first(recipe: str, config: dict[str, Any]) -> None:

@@ -23,6 +23,8 @@ import cvae_lightning.losses
 import cvae_lightning.modules
 from cvae_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from cvae_lightning.callbacks.nan_guard import NanGuard
+from cvae_lightning.callbacks.partial_gradients import PartialGradients
+from cvae_lightning.callbacks.predictions import PredictionWriter
 from cvae_lightning.callbacks.step_seed import StepSeed
 from cvae_lightning.config_merge import MergeConfig, rewrite_nulls
 from cvae_lightning.entangle_first import train_entangled_first
@@ -33,9 +35,9 @@ from cvae_lightning.option_errors import condense, explain
 class CVAELightningCLI(LightningCLI):
     """LightningCLI with recipes by name, losses merged by name, and runs that resume exactly.
 
-    Always present and configurable: ``checkpoint`` (ModelCheckpoint with ``last.ckpt``), ``step_seed`` and
-    ``nan_guard``. ``trainer.plugins`` holds AtomicCheckpointIO unless given. All files of a run lie in
-    ``trainer.default_root_dir``. The config always beats the hyperparameters that a checkpoint remembers.
+    Always present and configurable: ``checkpoint`` (ModelCheckpoint with ``last.ckpt``), ``step_seed``,
+    ``partial_gradients`` and ``nan_guard``. ``trainer.plugins`` holds AtomicCheckpointIO unless given. All files of a
+    run lie in ``trainer.default_root_dir``. The config always beats the hyperparameters that a checkpoint remembers.
     """
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -63,6 +65,8 @@ class CVAELightningCLI(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(StepSeed, "step_seed")
         parser.add_lightning_class_args(NanGuard, "nan_guard")
+        parser.add_lightning_class_args(PartialGradients, "partial_gradients")
+        parser.add_lightning_class_args(PredictionWriter, "predictions")
         plugin = f"{AtomicCheckpointIO.__module__}.{AtomicCheckpointIO.__qualname__}"
         parser.set_defaults(
             {
@@ -81,7 +85,7 @@ class CVAELightningCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and explain what could not be parsed."""
         try:
-            self.config = parser.parse_args(rewrite_nulls(sys.argv[1:] if args is None else args))
+            self.config = parser.parse_args(rewrite_nulls(sys.argv[1:] if args is None else list(args)))
         except argparse.ArgumentError as error:
             raise ValueError(explain(str(error), self._subcommand_parsers["fit"])) from error
 
@@ -159,7 +163,10 @@ def class_help() -> str:
 
 
 def quieten() -> None:
-    """Leave out what Lightning says to its own developers, and its advertisements."""
+    """Leave out what the libraries say to their own developers, their advertisements, and bars of tiny files."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     tips.addFilter(lambda record: "litlogger" not in record.getMessage())

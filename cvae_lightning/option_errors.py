@@ -17,6 +17,9 @@ _NOISE = (
     "Expected a <class 'NoneType'>",
     "Expected a path but",
     "Given value type:",
+    "Subclass types expect one of:",
+    "a class path (str)",
+    "a dict with",
 )
 
 
@@ -47,7 +50,7 @@ def condense(message: str) -> str:
 
 def suggest(message: str, parser: ArgumentParser) -> str:
     """Return ``; did you mean ...?`` or other advice that fits the error, or nothing."""
-    if "is abstract" in message:
+    if "is abstract" in message or "Subclass types expect one of" in message:
         return "; a new entry needs its own class_path, and a name that changes an existing entry must be spelt alike"
     for pattern, candidates in (
         (r"unrecognized arguments: --([\w.]+)", lambda _: _destinations(parser)),
@@ -85,6 +88,7 @@ def _arguments(message: str) -> list[str]:
 def _members(message: str) -> list[str]:
     found: Any = re.search(r"module '([\w.]+)' has no attribute", message)
     try:
-        return dir(importlib.import_module(found.group(1)))
+        module = importlib.import_module(found.group(1))
+        return [*dir(module), *getattr(module, "__all__", [])]  # a lazy module lists only the latter
     except ImportError:
         return []

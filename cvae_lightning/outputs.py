@@ -130,11 +130,18 @@ class ContinuousOutputs(_TensorFields):
     Shape:
         prior_mean, prior_logvar: [B, D] router p(z|x) = N(mean, exp(logvar)).
         posterior_mean, posterior_logvar: [B, D] q(z|x,y).
-        token_nll: [B, S, T] under S posterior samples, 0 where masked.
+        token_nll: [B, S, T] under the S samples, 0 where masked.
         y_mask: [B, T] bool, True counts.
         c_base: [] mean NLL per token of the entangled model; None if unknown.
         baseline_nll: [B, T], detached.
         inter_latent_jsd: [B, T] JSD among the generators of latents drawn from the batch's posteriors.
+        temperature: [] beta of the free energy.
+        latents: [B, S, D] the samples themselves.
+        sample_log_weights: [B, S] log of p(z_s|x) exp(-sum_t nll_t(z_s) / beta) / (S r(z_s)) for samples of a proposal
+            r; None where the samples are the posterior's own and count alike.
+        num_posterior_samples: how many of the samples, the first ones, come from q; None = all.
+        log_evidence: [B] importance-weighted estimate of log p(y|x), in nats.
+        log_evidence_error: [B] its standard error.
     """
 
     prior_mean: Tensor
@@ -146,6 +153,27 @@ class ContinuousOutputs(_TensorFields):
     c_base: Tensor | None = None
     baseline_nll: Tensor | None = None
     inter_latent_jsd: Tensor | None = None
+    temperature: Tensor | None = None
+    latents: Tensor | None = None
+    sample_log_weights: Tensor | None = None
+    num_posterior_samples: int | None = None
+    log_evidence: Tensor | None = None
+    log_evidence_error: Tensor | None = None
+
+    @property
+    def sequence_nll(self) -> Tensor:
+        """[B, S] summed NLL of y under each sample, in nats."""
+        return self.token_nll.sum(-1)
+
+    @property
+    def posterior_sequence_nll(self) -> Tensor:
+        """[B, S'] summed NLL of y under the samples of q alone, which come first."""
+        return self.sequence_nll[:, : self.num_posterior_samples]
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """[B] number of supervised tokens, at least 1."""
+        return self.y_mask.sum(-1).clamp_min(1)
 
 
 def require(outputs: DiscreteOutputs | ContinuousOutputs, field: str) -> Tensor:

@@ -61,6 +61,17 @@ def test_every_recipe_begins_with_what_it_is_for(capsys):
         assert capsys.readouterr().out == path.read_text()
 
 
+@pytest.mark.parametrize("name", recipes.recipe_names())
+def test_every_recipe_parses(name, capsys):
+    assert cli.main(["fit", "--config", name, "--print_config"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["trainer"]["default_root_dir"].startswith("runs/")
+    if printed["entangled_config"] is not None:
+        entangled = yaml.safe_load(recipes.find_recipe(printed["entangled_config"]).read_text())
+        assert entangled["model"]["init_args"]["output_dir"] == printed["model"]["init_args"]["entangled"]
+        assert entangled["data"]["class_path"] == printed["data"]["class_path"]
+
+
 def test_recipes_lists_names_and_first_comments(tmp_path, monkeypatch, capsys):
     (tmp_path / "b_long_name.yaml").write_text("# Trains b.\nmodel: {}\n")
     (tmp_path / "a.yaml").write_text("model: {}\n# Trains a.\n")

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from cvae_lightning.backbones.branch_choice import choose_branch_method
+from cvae_lightning.backbones.branch_inputs import BranchInputs, BranchOutput
 from cvae_lightning.backbones.causal_lm import decoder_of
+from cvae_lightning.backbones.grouped_attention import run_grouped
 
-BranchMethod = Literal["cache", "repeat"]
+__all__ = ["BranchInputs", "BranchMethod", "BranchOutput", "run_branches"]
 
-
-@dataclass(frozen=True)
-class BranchOutput:
-    """Hidden states of the branches and of the position that routes.
-
-    Shape:
-        hidden: [B, K, S, D] at every suffix token. router_hidden: [B, D] at the last prefix token.
-    """
-
-    hidden: Tensor
-    router_hidden: Tensor
+BranchMethod = Literal["auto", "cache", "grouped", "repeat"]
 
 
 def run_branches(
@@ -31,61 +26,112 @@ def run_branches(
     prefix_mask: Tensor,
     suffix: Tensor,
     suffix_mask: Tensor,
-    method: BranchMethod = "cache",
+    method: BranchMethod = "auto",
+    num_latent_chunk: int | None = None,
 ) -> BranchOutput:
     """Read the prefix and, behind it, K suffixes.
 
-    Positions count real tokens, so padding on either side of the prefix changes nothing.
-
     Args:
         lm: a Hugging Face causal LM.
-        prefix_ids, prefix_mask: [B, P]; bool mask, True counts.
+        prefix_ids, prefix_mask: [B, P]; bool mask, True counts; padded on either side.
         suffix: [B, K, S] token ids, or [B, K, S, D] input embeddings where a latent is a vector.
         suffix_mask: [B, S], shared by the branches, padded on the right.
-        method: ``cache`` reads the prefix once and copies its keys and values to the branches; ``repeat`` reads it K
-            times, works for every family, and is the reference.
+        method: ``cache`` reads the prefix once and copies its keys and values to the branches; ``grouped`` reads prefix
+            and branches as one sequence in one call, also under gradient checkpointing; ``repeat`` reads the prefix K
+            times, works for every family, and is the reference; ``auto`` takes the first of them that the family
+            supports and that agrees with ``repeat`` on the first batch.
+        num_latent_chunk: number of latents run at a time; the activations of one such chunk are kept, those of the
+            others are made again in the backward pass. None = all at once.
+
+    Raises:
+        ValueError: if the model does not support the method, or ``num_latent_chunk`` is below 1.
     """
-    batch, num_latents, length = suffix.shape[:3]
-    embedded = suffix.is_floating_point()
-    width = prefix_ids.shape[1]
-    last = (prefix_mask * torch.arange(1, width + 1, device=prefix_mask.device)).argmax(-1)
-    rows = torch.arange(batch, device=last.device)
-    prefix_positions = (prefix_mask.long().cumsum(-1) - 1).clamp_min(0)
-    suffix_positions = prefix_mask.sum(-1, keepdim=True) + torch.arange(length, device=last.device)  # [B, S]
-    mask = torch.cat([prefix_mask, suffix_mask], -1).long().repeat_interleave(num_latents, 0)  # [B*K, P+S]
-    decoder = decoder_of(lm)
+    inputs = BranchInputs.of(prefix_ids, prefix_mask, suffix, suffix_mask)
+    if num_latent_chunk is not None and num_latent_chunk < 1:
+        raise ValueError(f"num_latent_chunk must be at least 1, or None for all at once, got {num_latent_chunk}")
+    size = min(num_latent_chunk or inputs.num_latents, inputs.num_latents)
+    if method == "auto":
+        method = choose_branch_method(lm, inputs, METHODS)  # type: ignore[assignment]
+    if size == inputs.num_latents:
+        return METHODS[method](lm, inputs)
+    chunks = [slice(start, start + size) for start in range(0, inputs.num_latents, size)]
+    if method == "cache":
+        prefix, cache = _read_prefix(lm, inputs)
+        router_hidden = prefix[:, -1]
+        hidden = [_again(_continue, lm, inputs.latents(chunk), cache) for chunk in chunks]
+    else:
+        outputs = [_again(_fields, METHODS[method], lm, inputs.latents(chunk)) for chunk in chunks]
+        hidden, router_hidden = [output[0] for output in outputs], outputs[0][1]
+    return BranchOutput(torch.cat(hidden, 1), router_hidden)
 
-    if method == "repeat":
-        prefix = decoder.get_input_embeddings()(prefix_ids) if embedded else prefix_ids
-        tokens = torch.cat([prefix[:, None].expand(-1, num_latents, *prefix.shape[1:]), suffix], 2).flatten(0, 1)
-        positions = torch.cat([prefix_positions, suffix_positions], -1).repeat_interleave(num_latents, 0)
-        hidden = decoder(
-            **{"inputs_embeds" if embedded else "input_ids": tokens},
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=False,
-        ).last_hidden_state
-        hidden = hidden.unflatten(0, (batch, num_latents))  # [B, K, P+S, D]
-        return BranchOutput(hidden[:, :, width:], hidden[rows, 0, last])
 
+def _again(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function and keep none of its activations for the backward pass, which calls it again."""
+    return checkpoint(function, *arguments, use_reentrant=False) if torch.is_grad_enabled() else function(*arguments)
+
+
+def _fields(method: Callable[[Any, BranchInputs], BranchOutput], lm: Any, inputs: BranchInputs) -> tuple[Tensor, ...]:
+    output = method(lm, inputs)
+    return output.hidden, output.router_hidden
+
+
+def run_repeated(lm: Any, inputs: BranchInputs) -> BranchOutput:
+    """Read prefix and suffix of every branch: right for every family."""
+    decoder, latents = decoder_of(lm), inputs.num_latents
+    prefix = inputs.prefix_like_suffix(decoder)[:, None].expand(-1, latents, *(-1,) * (inputs.suffix.ndim - 2))
+    positions = torch.cat([inputs.prefix_positions, inputs.suffix_positions], -1).repeat_interleave(latents, 0)
+    hidden = decoder(
+        **inputs.named(torch.cat([prefix, inputs.suffix], 2).flatten(0, 1)),
+        attention_mask=inputs.branch_mask,
+        position_ids=positions,
+        use_cache=False,
+    ).last_hidden_state.unflatten(0, (-1, latents))  # [B, K, P + S, D]
+    return BranchOutput(hidden[:, :, inputs.width :], hidden[:, 0, inputs.width - 1])
+
+
+def run_cached(lm: Any, inputs: BranchInputs) -> BranchOutput:
+    """Read the prefix once and continue it K times from its keys and values."""
+    prefix, cache = _read_prefix(lm, inputs)
+    return BranchOutput(_continue(lm, inputs, cache), prefix[:, -1])
+
+
+def _read_prefix(lm: Any, inputs: BranchInputs) -> tuple[Tensor, Any]:
+    """Return the hidden states [B, P, D] of the prefix and the cache with its keys and values."""
     from transformers import DynamicCache
 
-    prefix = decoder(
-        input_ids=prefix_ids,
-        attention_mask=prefix_mask.long(),
-        position_ids=prefix_positions,
+    output = decoder_of(lm)(
+        input_ids=inputs.prefix_ids,
+        attention_mask=inputs.prefix_mask.long(),
+        position_ids=inputs.prefix_positions,
         past_key_values=DynamicCache(config=lm.config),
         use_cache=True,
     )
-    cache = prefix.past_key_values
-    if cache is None or cache.get_seq_length() != width:
-        raise ValueError("this model did not keep the prefix in its cache (gradient checkpointing?): use method=repeat")
-    cache.batch_repeat_interleave(num_latents)  # differentiable
-    hidden = decoder(
-        **{"inputs_embeds" if embedded else "input_ids": suffix.flatten(0, 1)},
-        attention_mask=mask,
-        position_ids=suffix_positions.repeat_interleave(num_latents, 0),
-        past_key_values=cache,
+    cache = output.past_key_values
+    if cache is None or cache.get_seq_length() != inputs.width:
+        raise ValueError(
+            "this model did not keep the prefix in its cache (gradient checkpointing?): use branch_method=grouped or "
+            "repeat"
+        )
+    return output.last_hidden_state, cache
+
+
+def _continue(lm: Any, inputs: BranchInputs, cache: Any) -> Tensor:
+    """Return the hidden states [B, K, S, D] of the branches; the cache of the prefix stays as it is."""
+    branch_cache = copy.copy(cache)
+    branch_cache.layers = [copy.copy(layer) for layer in cache.layers]
+    branch_cache.batch_repeat_interleave(inputs.num_latents)  # differentiable
+    hidden = decoder_of(lm)(
+        **inputs.named(inputs.suffix.flatten(0, 1)),
+        attention_mask=inputs.branch_mask,
+        position_ids=inputs.suffix_positions.repeat_interleave(inputs.num_latents, 0),
+        past_key_values=branch_cache,
         use_cache=True,
     ).last_hidden_state
-    return BranchOutput(hidden.unflatten(0, (batch, num_latents)), prefix.last_hidden_state[rows, last])
+    return hidden.unflatten(0, (-1, inputs.num_latents))
+
+
+METHODS: dict[str, Callable[[Any, BranchInputs], BranchOutput]] = {
+    "cache": run_cached,
+    "grouped": run_grouped,
+    "repeat": run_repeated,
+}

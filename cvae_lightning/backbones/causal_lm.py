@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,18 +44,24 @@ def build_causal_lm(config: dict[str, Any], vocab_size: int, pad_token_id: int |
     Raises:
         ValueError: if ``model_type`` is missing or unknown, or the config does not fit it.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
     config = copy.deepcopy(config)
     model_type = config.pop("model_type", None)
     if model_type is None:
         raise ValueError("model.config needs 'model_type' (for example llama, gpt2 or qwen2)")
+    if model_type not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING), n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "for example llama, gpt2 or qwen2"
+        raise ValueError(f"model.config: transformers knows no model_type {model_type!r}; {hint}")
     config.update(vocab_size=vocab_size, pad_token_id=pad_token_id, bos_token_id=None, eos_token_id=None)
     try:
         built = AutoConfig.for_model(model_type, **config)
         return AutoModelForCausalLM.from_config(built)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"cannot build a model of type {model_type!r} from model.config: {error}") from error
+    except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
+        reason = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+        raise ValueError(f"cannot build a model of type {model_type!r} from model.config: {reason}") from error
 
 
 def load_causal_lm(name: str) -> Any:
@@ -63,11 +70,12 @@ def load_causal_lm(name: str) -> Any:
     Raises:
         ValueError: if nothing is found there or it is no causal LM.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
         lm = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, use_safetensors=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"cannot load a causal language model from {name!r}: {_first_line(error)}") from error
     return lm.float().train()
 
@@ -156,8 +164,13 @@ def has_dropout(module: nn.Module) -> bool:
     )
 
 
-def read_hidden(decoder: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """Return the decoder's hidden states [B, L, D] of padded ids [B, L]; positions count real tokens only."""
+def read_hidden(decoder: Any, ids: Tensor, mask: Tensor, offset: Tensor | None = None) -> Tensor:
+    """Return the decoder's hidden states [B, L, D] of padded ids [B, L].
+
+    Positions count real tokens only, plus ``offset`` [B, L] if given.
+    """
     positions = (mask.long().cumsum(-1) - 1).clamp_min(0)
+    if offset is not None:
+        positions = positions + offset
     output = decoder(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False)
     return output.last_hidden_state

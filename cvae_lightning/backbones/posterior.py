@@ -27,7 +27,7 @@ class PosteriorNetwork(nn.Module):
             raise ValueError(f"pooling must be 'mean', 'last' or 'attention', got {pooling!r}")
         self.backbone = decoder_of(lm)
         self.pooling = pooling
-        width = self.backbone.get_input_embeddings().weight.shape[1]
+        width = lm.get_input_embeddings().weight.shape[1]
         self.norm = nn.LayerNorm(width)
         self.query = nn.Parameter(torch.zeros(width)) if pooling == "attention" else None
         self.project = nn.Linear(width, size)

@@ -41,19 +41,19 @@ def build_tokenizer(texts: Iterable[str], kind: TokenizerKind = "char", vocab_si
         tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\w+| ?[^\s\w]+|\s"), "isolated")
         tokenizer.decoder = decoders.Fuse()
-        trainer = trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL), show_progress=False)
-        tokenizer.train_from_iterator(texts, trainer)
+        words = trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL), show_progress=False)
+        tokenizer.train_from_iterator(texts, words)
     elif kind == "bpe":
         tokenizer = Tokenizer(models.BPE(unk_token=None))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
+        pairs = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=list(SPECIAL),
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        tokenizer.train_from_iterator(texts, trainer)
+        tokenizer.train_from_iterator(texts, pairs)
     else:
         raise ValueError(f"tokenizer kind must be 'char', 'word' or 'bpe', got {kind!r}")
     return PreTrainedTokenizerFast(

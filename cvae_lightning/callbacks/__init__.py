@@ -2,8 +2,12 @@
 
 from cvae_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from cvae_lightning.callbacks.collapse_alarm import CollapseAlarm, CollapseWarning
+from cvae_lightning.callbacks.continuous_evaluation import ContinuousEvaluation
 from cvae_lightning.callbacks.evaluation import Generation, StrategyEvaluation
+from cvae_lightning.callbacks.latent_panels import LatentPanels
 from cvae_lightning.callbacks.nan_guard import NanGuard
+from cvae_lightning.callbacks.partial_gradients import PartialGradients
+from cvae_lightning.callbacks.predictions import PredictionWriter
 from cvae_lightning.callbacks.report import Report
 from cvae_lightning.callbacks.schedules import WeightSchedule
 from cvae_lightning.callbacks.step_seed import StepSeed
@@ -13,8 +17,12 @@ __all__ = [
     "AtomicCheckpointIO",
     "CollapseAlarm",
     "CollapseWarning",
+    "ContinuousEvaluation",
     "Generation",
+    "LatentPanels",
     "NanGuard",
+    "PartialGradients",
+    "PredictionWriter",
     "Report",
     "StepSeed",
     "StrategyEvaluation",

@@ -22,9 +22,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     Lightning's writer.
     """
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Replace the file at ``path``, or leave it as it was.
 
         Raises:

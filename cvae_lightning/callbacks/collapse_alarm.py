@@ -19,9 +19,10 @@ class CollapseWarning(UserWarning):
 class CollapseAlarm(Callback):
     """Reads the diagnostics of every validation and warns once per cause.
 
-    Causes: ``dead`` (latents that the posterior hardly uses), ``usage`` (usage perplexity far below K), ``posterior``
-    (prior KL near zero while no aggregate-posterior balance term acts: the posterior ignores y) and ``generator``
-    (inter-latent JSD near zero: every z writes the same text).
+    Causes for a continuous latent: ``inactive`` (no active dimension). For a discrete one: ``dead`` (latents that the
+    posterior hardly uses), ``usage`` (usage perplexity far below K), ``posterior`` (prior KL near zero while no
+    aggregate-posterior balance term acts: the posterior ignores y) and ``generator`` (inter-latent JSD near zero:
+    every z writes the same text).
 
     Args:
         usage_fraction: lowest healthy usage perplexity, as a fraction of K; in (0, 1].
@@ -98,6 +99,13 @@ class CollapseAlarm(Callback):
             else "add an AggregatePosteriorBalanceLoss (weight 1 is a good start)"
         )
         found: dict[str, str] = {}
+        if logged(metrics, "val/diagnostics/active_units") == 0:
+            delta = logged(metrics, "val/diagnostics/active_units_delta")
+            found["inactive"] = (
+                f"no latent dimension is active: posterior means vary by less than {delta:.3g} over the records. "
+                "Likely cause: the model predicts y as well without z, so the KL wins. Try: posterior: importance "
+                "with a PosteriorDistillationLoss, a lower posterior_temperature, or a lower weight of kl_prior_loss."
+            )
         if self._dead and k > 1:
             names = ", ".join(f"z{i}" for i in self._dead)
             found["dead"] = (

@@ -125,7 +125,7 @@ class StrategyEvaluation(Callback):
         share = [records[i] for i in mine]
         uniform = torch.rand(examples, generator=torch.Generator().manual_seed(self.seed))[list(mine)]
         task = getattr(data, "task", None)
-        with _undisturbed(pl_module):
+        with undisturbed(pl_module):
             if getattr(pl_module, "num_latents", 0):
                 self._controlled(trainer, pl_module, share, task)
             if self.sampled:
@@ -136,7 +136,12 @@ class StrategyEvaluation(Callback):
     def _controlled(self, trainer: Trainer, module: Any, share: Sequence[Record], task: Any) -> None:
         latents = module.num_latents
         forced = [(record.x, k) for record in share for k in range(latents)]
-        self.controlled = self._generate(module, [x for x, _ in forced], [k for _, k in forced], task)
+        if hasattr(module, "generate_all"):  # reads every x once for all latents
+            options = {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
+            ys = [y for row in module.generate_all([record.x for record in share], **options) for y in row]
+            self.controlled = [_judge(task, x, k, y) for (x, k), y in zip(forced, ys, strict=True)]
+        else:
+            self.controlled = self._generate(module, [x for x, _ in forced], [k for _, k in forced], task)
         rows = [self.controlled[i : i + latents] for i in range(0, len(self.controlled), latents)]
         sums = torch.zeros(3 + latents + latents * latents)
         for row in rows:
@@ -233,7 +238,7 @@ def _reduce_sum(trainer: Trainer, module: LightningModule, values: Tensor) -> Te
 
 
 @contextlib.contextmanager
-def _undisturbed(module: LightningModule) -> Iterator[None]:
+def undisturbed(module: LightningModule) -> Iterator[None]:
     """Run in eval mode without gradient, and restore modes and random state afterwards."""
     modes = {part: part.training for part in module.modules()}
     devices = [module.device] if module.device.type == "cuda" else []

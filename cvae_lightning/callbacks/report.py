@@ -23,6 +23,7 @@ SUMMARY_KEYS = {
     "greedy_final_answer_accuracy": "greedy/final_answer_accuracy",
     "alignment_one_to_one": "alignment/one_to_one",
     "alignment_ami": "alignment/ami",
+    "alignment_amortized_one_to_one": "alignment_amortized/one_to_one",
     "controlled_alignment_one_to_one": "controlled/alignment_one_to_one",
     "controlled_alignment_ceiling": "controlled/alignment_ceiling",
     "local_strategy_coverage_mean": "controlled/local_strategy_coverage_mean",
@@ -32,6 +33,12 @@ SUMMARY_KEYS = {
     "marginal_nll": "marginal_nll",
     "baseline_nll": "baseline_nll",
     "usage_perplexity": "diagnostics/latent_usage_perplexity",
+    "linear_probe_accuracy": "probe/posterior_accuracy",
+    "router_probe_accuracy": "probe/router_accuracy",
+    "linear_probe_floor": "probe/floor",
+    "prior_kl": "diagnostics/prior_kl",
+    "active_units": "diagnostics/active_units",
+    "marginal_nll_standard_error": "marginal_nll_standard_error",
 }
 """Summary key to log key (without the stage) of everything that is simply logged."""
 
@@ -66,9 +73,10 @@ class Report(Callback):
         return Path(self.path) if self.path is not None else Path(trainer.default_root_dir) / "summary.json"
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a path that cannot be written before any work is done."""
+        """Refuse a path that cannot be written before any work is done; take the place of Lightning's own table."""
         if not trainer.is_global_zero:
             return
+        trainer.test_loop.verbose = False
         folder = self.target(trainer).parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -128,11 +136,16 @@ def table(summary: Mapping[str, Any]) -> list[str]:
     get = summary.get
     posterior, posterior_ceiling = get("alignment_one_to_one"), get("alignment_ceiling")
     controlled, controlled_ceiling = get("controlled_alignment_one_to_one"), get("controlled_alignment_ceiling")
+    amortized = get("alignment_amortized_one_to_one")
+    probe, floor = get("linear_probe_accuracy"), get("linear_probe_floor")
     rows: list[tuple[str, Sequence[Any]]] = [
         ("final-answer accuracy, every latent forced", [get("final_answer_accuracy")]),
         ("final-answer accuracy, router's best, greedy", [get("greedy_final_answer_accuracy")]),
         ("final-answer accuracy, router sampled", [get("sampled_final_answer_accuracy")]),
         ("alignment, posterior", [posterior, posterior_ceiling, ratio(posterior, posterior_ceiling)]),
+        ("alignment, posterior network", [amortized, posterior_ceiling, ratio(amortized, posterior_ceiling)]),
+        ("linear probe of the posterior means", [probe, posterior_ceiling, ratio(probe, posterior_ceiling)]),
+        ("linear probe on permuted labels", [floor]),
         ("alignment, controlled", [controlled, controlled_ceiling, ratio(controlled, controlled_ceiling)]),
         ("alignment, posterior: adjusted mutual information", [get("alignment_ami")]),
         ("strategies reached per input, mean share", [get("local_strategy_coverage_mean")]),
@@ -142,11 +155,13 @@ def table(summary: Mapping[str, Any]) -> list[str]:
         ("NLL, marginal over latents (nats per token)", [get("marginal_nll")]),
         ("NLL, entangled model (nats per token)", [get("baseline_nll")]),
         ("NLL, marginal / entangled", [get("nll_ratio")]),
+        ("prior KL (nats per example)", [get("prior_kl")]),
+        ("active latent dimensions", [get("active_units")]),
         ("latent usage perplexity", [get("usage_perplexity"), get("num_latents")]),
     ]
-    if not summary.get("num_latents"):
+    if not summary.get("num_latents") and controlled is None:
         rows[0] = ("final-answer accuracy", rows[0][1])
-        del rows[1], rows[-1]
+        del rows[1]
     rows = [(name, values) for name, values in rows if values[0] is not None]
     width = max([len(name) for name, _ in rows] + [20])
     lines = [f"{'test split':<{width}}  {'value':>8}  {'ceiling':>8}  {'of it':>8}"]

@@ -100,7 +100,7 @@ class TensorBoardFigures(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the custom-scalars layout."""
-        if (writer := _writer(trainer)) is not None:
+        if (writer := tensorboard_writer(trainer)) is not None:
             writer.add_custom_scalars(LAYOUT)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -145,7 +145,7 @@ class TensorBoardFigures(Callback):
         self.steps = [*self.steps, trainer.global_step]
 
     def _write(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        writer = _writer(trainer)
+        writer = tensorboard_writer(trainer)
         if writer is None:
             return
         evaluation = find_evaluation(trainer)
@@ -234,7 +234,8 @@ def generation_table(rows: Sequence[Generation], num_inputs: int) -> str:
         for g in sorted({g for g in rows if g.x == x}, key=lambda g: (g.k, g.y)):  # records may share an x
             correct = {None: "", True: "yes", False: "**no**"}[g.correct]
             latent = "" if g.k < 0 else f"z{g.k}"
-            lines.append(f"| {_cell(x)} | {latent} | {_cell(g.y)} | {correct} | {_cell(', '.join(g.strategies))} |")
+            cells = (escape_cell(x), latent, escape_cell(g.y), correct, escape_cell(", ".join(g.strategies)))
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -243,7 +244,7 @@ def find_evaluation(trainer: Trainer) -> StrategyEvaluation | None:
     return next((c for c in trainer.callbacks if isinstance(c, StrategyEvaluation)), None)  # type: ignore[attr-defined]
 
 
-def _cell(text: str) -> str:
+def escape_cell(text: str) -> str:
     """Return ``text`` as literal text of a Markdown table cell."""
     flat = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return "".join(f"&#{ord(c)};" if c in "|\\`*_[]~" else c for c in flat)
@@ -259,6 +260,7 @@ def _logger(trainer: Trainer) -> TensorBoardLogger | None:
     return next((logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None)
 
 
-def _writer(trainer: Trainer) -> Any:
+def tensorboard_writer(trainer: Trainer) -> Any:
+    """Return the writer of the trainer's TensorBoard logger; None without one, and on other ranks than zero."""
     logger = _logger(trainer)
     return None if logger is None else logger.experiment

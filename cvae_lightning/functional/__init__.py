@@ -6,7 +6,8 @@ from cvae_lightning.functional.divergences import (
     gaussian_kl,
     jensen_shannon_divergence,
 )
-from cvae_lightning.functional.evidence import exact_posterior, log_marginal_likelihood
+from cvae_lightning.functional.evidence import exact_posterior, importance_weighted_evidence, log_marginal_likelihood
+from cvae_lightning.functional.gaussians import gaussian_entropy, gaussian_log_prob, gaussian_sample, soft_bound
 from cvae_lightning.functional.global_batch import global_batch_mean, local_batch
 from cvae_lightning.functional.latent_head import latent_token_stats
 from cvae_lightning.functional.marginals import (
@@ -24,9 +25,13 @@ __all__ = [
     "categorical_kl",
     "categorical_router_marginal_kl",
     "exact_posterior",
+    "gaussian_entropy",
     "gaussian_kl",
+    "gaussian_log_prob",
     "gaussian_router_marginal_kl",
+    "gaussian_sample",
     "global_batch_mean",
+    "importance_weighted_evidence",
     "jensen_shannon_divergence",
     "latent_token_stats",
     "local_batch",
@@ -34,4 +39,5 @@ __all__ = [
     "masked_token_mean",
     "posterior_variance",
     "router_support",
+    "soft_bound",
 ]

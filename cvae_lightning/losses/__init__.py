@@ -6,6 +6,7 @@ from cvae_lightning.losses.divergence import (
     InterLatentDivergenceLoss,
     PosteriorDistillationLoss,
     PosteriorEntropyLoss,
+    PosteriorVarianceLoss,
     PriorKLLoss,
     RouterSupportLoss,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "LossCallback",
     "PosteriorDistillationLoss",
     "PosteriorEntropyLoss",
+    "PosteriorVarianceLoss",
     "PriorKLLoss",
     "ReconstructionLoss",
     "RouterMarginalKLLoss",

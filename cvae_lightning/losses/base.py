@@ -24,6 +24,10 @@ class LossCallback(HasSpec, nn.Module, ABC):
     requires: ClassVar[frozenset[str]] = frozenset()
     """Optional fields of the outputs that ``forward`` reads; the module computes only what is asked for."""
 
+    of_marginals: ClassVar[bool] = False
+    """Whether a batch statistic depends on the batch's aggregate distributions alone, so that an evaluation can compute
+    it exactly for a whole split; other batch statistics are averaged over batches there."""
+
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
         self.weight = float(weight)

@@ -12,10 +12,12 @@ from cvae_lightning.outputs import ContinuousOutputs, DiscreteOutputs, require
 
 
 def expected_over_latents(values: Tensor, outputs: DiscreteOutputs | ContinuousOutputs) -> Tensor:
-    """Return sum_k q_k values_k for a discrete z, or the mean over samples for a continuous one: [B, K] -> [B]."""
+    """Return sum_k q_k values_k for a discrete z, or the (weighted) mean over samples otherwise: [B, K] -> [B]."""
     if isinstance(outputs, DiscreteOutputs):
         return (outputs.posterior_log_probs.exp() * values).sum(-1)
-    return values.mean(-1)
+    if outputs.sample_log_weights is None:
+        return values.mean(-1)
+    return (outputs.sample_log_weights.softmax(-1) * values).sum(-1)
 
 
 class ReconstructionLoss(LossCallback):

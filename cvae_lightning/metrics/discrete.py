@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from cvae_lightning.functional import categorical_kl, log_marginal_likelihood
 from cvae_lightning.metrics.alignment import StrategyAlignment
-from cvae_lightning.metrics.contribution import LossContribution
 from cvae_lightning.metrics.evidence import Evidence
 from cvae_lightning.metrics.reconstruction import ReconstructionRatio
 from cvae_lightning.metrics.usage import LatentUsage
@@ -22,40 +21,37 @@ ALIGNMENT_KEYS = ("one_to_one", "ami", "nmi", "homogeneity", "purity")
 class DiscreteMetrics(nn.Module):
     """Alignment, usage, evidence, reconstruction ratio and raw terms of one evaluation epoch.
 
-    Alignment takes the argmax of the posterior network, which is what inference uses; ``alignment_exact`` takes that of
-    the enumerated posterior.
+    Alignment takes the argmax of the posterior that weighs the objective; ``alignment_amortized`` takes that of the
+    posterior network, which needs no enumeration.
 
     Args:
         num_latents: K.
-        losses: names of the raw terms.
     """
 
-    def __init__(self, num_latents: int, losses: Sequence[str]) -> None:
+    def __init__(self, num_latents: int) -> None:
         super().__init__()
         self.num_latents = num_latents
         self.alignment: StrategyAlignment | None = None
-        self.alignment_exact: StrategyAlignment | None = None
+        self.alignment_amortized: StrategyAlignment | None = None
         self.usage = LatentUsage(num_latents)
         self.evidence = Evidence()
         self.reconstruction = ReconstructionRatio(1.0)  # nats per token; divided by c_base when read
-        self.contributions = LossContribution(losses)
         self.means: WeightedMeans | None = None
 
     def set_strategies(self, num_strategies: int) -> None:
         """Count alignment against this many strategies; 0 = the data has no labels."""
         if not num_strategies:
-            self.alignment = self.alignment_exact = None
+            self.alignment = self.alignment_amortized = None
         elif self.alignment is None or self.alignment.num_strategies != num_strategies:
             device = self.usage.device
             self.alignment = StrategyAlignment(self.num_latents, num_strategies).to(device)
-            self.alignment_exact = StrategyAlignment(self.num_latents, num_strategies).to(device)
+            self.alignment_amortized = StrategyAlignment(self.num_latents, num_strategies).to(device)
 
     def update(
         self,
         outputs: DiscreteOutputs,
         strategy: Tensor,
         terms: Mapping[str, Tensor],
-        weights: Mapping[str, float],
         extra: Mapping[str, Tensor],
     ) -> None:
         """Add one batch.
@@ -63,7 +59,7 @@ class DiscreteMetrics(nn.Module):
         Args:
             outputs: of the step.
             strategy: [B] labels, -1 where unknown.
-            terms: raw terms, [] each. weights: their weights. extra: diagnostics of the losses, [] each.
+            terms: raw terms, [] each. extra: diagnostics of the losses, [] each.
         """
         sequence_nll, router = outputs.sequence_nll, outputs.router_log_probs
         log_evidence = log_marginal_likelihood(router, sequence_nll)
@@ -72,18 +68,16 @@ class DiscreteMetrics(nn.Module):
         tokens = outputs.y_mask.sum(-1)
         baseline = None if outputs.baseline_nll is None else outputs.baseline_nll.sum(-1)
 
-        self.usage.update(q, router)
+        self.usage.update(outputs.posterior_log_probs, router)
         self.evidence.update(log_evidence, baseline, tokens)
         self.reconstruction.update((outputs.posterior_log_probs.exp() * sequence_nll).sum(-1), tokens)
-        self.contributions.update({name: float(weights[name] * term) for name, term in terms.items()})
         scalars = {**terms, **{f"diagnostics/{key}": value for key, value in extra.items()}, "elbo": elbo}
-        scalars["loss"] = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         if self.means is None:
             self.means = WeightedMeans(list(scalars)).to(self.usage.device)
         self.means.update(scalars, weight=len(tokens))
-        if self.alignment is not None and self.alignment_exact is not None:
-            self.alignment.update(q.argmax(-1), strategy)
-            self.alignment_exact.update((router - sequence_nll).argmax(-1), strategy)
+        if self.alignment is not None and self.alignment_amortized is not None:
+            self.alignment.update(outputs.posterior_log_probs.argmax(-1), strategy)
+            self.alignment_amortized.update(q.argmax(-1), strategy)
 
     def compute_and_reset(self, c_base: float | None) -> dict[str, Tensor]:
         """Return the epoch's metrics by log key, without stage, and start anew."""
@@ -94,14 +88,13 @@ class DiscreteMetrics(nn.Module):
             result |= {"baseline_nll": evidence["baseline_nll"], "marginal_nll_ratio": evidence["ratio"]}
         if c_base is not None:
             result["rho_recon"] = self.reconstruction.compute() / c_base
-        result |= {f"loss_contrib/fraction_abs/{name}": part for name, part in self.contributions.compute().items()}
         result |= {
             "diagnostics/posterior_entropy": usage["posterior_entropy"],
             "diagnostics/router_entropy": usage["router_entropy"],
             "diagnostics/latent_usage_perplexity": usage["usage_perplexity"],
             "diagnostics/dead_latents": usage["dead_latents"],
         }
-        for prefix, metric in (("alignment", self.alignment), ("alignment_exact", self.alignment_exact)):
+        for prefix, metric in (("alignment", self.alignment), ("alignment_amortized", self.alignment_amortized)):
             if metric is not None:
                 scores = metric.compute()
                 if int(scores["num_labelled"]):

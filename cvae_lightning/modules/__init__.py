@@ -1,7 +1,8 @@
 """LightningModules: the entangled model and the conditional VAEs built on it."""
 
 from cvae_lightning.modules.base import CVAEModule
+from cvae_lightning.modules.continuous import ContinuousCVAE
 from cvae_lightning.modules.discrete import SharedDiscreteCVAE
 from cvae_lightning.modules.entangled import EntangledLM
 
-__all__ = ["CVAEModule", "EntangledLM", "SharedDiscreteCVAE"]
+__all__ = ["CVAEModule", "ContinuousCVAE", "EntangledLM", "SharedDiscreteCVAE"]

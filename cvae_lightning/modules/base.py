@@ -14,7 +14,9 @@ from cvae_lightning.backbones.artifact import Baseline, check_c_base
 from cvae_lightning.backbones.causal_lm import add_token_rows, load_causal_lm, load_tokenizer, set_dropout
 from cvae_lightning.functional import global_batch_mean, local_batch
 from cvae_lightning.losses import LossCallback
+from cvae_lightning.metrics import LossContribution
 from cvae_lightning.modules.entangled import measure_baseline
+from cvae_lightning.modules.frozen_baseline import FrozenBaseline
 from cvae_lightning.modules.language_model import LanguageModule, describe_lm, rebuild_lm
 from cvae_lightning.outputs import ContinuousOutputs, DiscreteOutputs, PairBatch
 from cvae_lightning.template import PromptTemplate
@@ -44,9 +46,11 @@ class CVAEModule(LanguageModule):
         warmup_steps: int,
         final_learning_rate_fraction: float,
         weight_decay: float,
+        baseline_cache: bool | str = True,
     ) -> None:
         super().__init__(learning_rate, warmup_steps, final_learning_rate_fraction, weight_decay)
         self.losses = _loss_dict(losses)
+        self.contributions = LossContribution(list(self.losses))
         self.baseline_policy = baseline
         self.entangled = entangled
         if isinstance(entangled, str):
@@ -65,6 +69,7 @@ class CVAEModule(LanguageModule):
             self.c_base = self.artifact.c_base if self.artifact else None
         else:
             self.c_base = check_c_base(c_base, "model.c_base")
+        self.frozen_baseline = FrozenBaseline(baseline_cache, lm if isinstance(entangled, str) else None)
         set_dropout(lm, dropout)
         self.lm = lm
         self.keep_longest_y()
@@ -82,9 +87,29 @@ class CVAEModule(LanguageModule):
     def compute_outputs(self, batch: PairBatch, fields: frozenset[str]) -> Outputs:
         """Run router, generator and posterior; compute the optional ``fields`` that somebody reads."""
 
+    def _with_z(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """Return the router prompts and their mask, [B, P + 1]; ``<z>`` stands behind the last real token."""
+        mask = torch.cat([batch.prefix_mask, batch.prefix_mask.new_ones(len(batch), 1)], -1)
+        ids = torch.cat([batch.prefix_ids, batch.prefix_ids[:, :1]], -1)
+        z = self.template.marker_ids["<z>"]
+        if self.template.padding_side == "left":
+            ids = torch.cat([batch.prefix_ids, torch.full_like(batch.prefix_ids[:, :1], z)], -1)
+            return ids, mask
+        end = batch.prefix_mask.sum(-1, keepdim=True)
+        position = torch.arange(mask.shape[1], device=mask.device)
+        return torch.where(position == end, z, ids), position <= end
+
+    def _z_free(self, batch: PairBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ids, mask and y-region of the z-free records, [B, P + 1 + T] each."""
+        y_open = torch.full_like(batch.y_ids[:, :1], self.template.marker_ids["<y>"])
+        on, off = batch.y_mask.new_ones(len(batch), 1), torch.zeros_like(batch.prefix_mask)
+        ids = torch.cat([batch.prefix_ids, y_open, batch.y_ids], -1)
+        mask = torch.cat([batch.prefix_mask, on, batch.y_mask], -1)
+        return ids, mask, torch.cat([off, on, batch.y_mask], -1)
+
     def required_fields(self, stage: str) -> frozenset[str]:
         """Return the optional output fields to compute: what losses read, and at evaluation what metrics read too."""
-        fields = frozenset().union(*(loss.requires for loss in self._loss_modules()))
+        fields = frozenset().union(*(loss.requires for _, loss in self._named_losses()))
         if stage != "train":
             fields |= {"inter_latent_jsd"} | ({"baseline_nll"} if self.has_reference else set())
         return fields
@@ -92,7 +117,7 @@ class CVAEModule(LanguageModule):
     def loss_terms(self, outputs: Outputs) -> dict[str, Tensor]:
         """Return every raw term as a mean over the global batch; terms of weight 0 without gradient."""
         terms: dict[str, Tensor] = {}
-        for name, loss in self.losses.items():
+        for name, loss in self._named_losses():
             with torch.set_grad_enabled(torch.is_grad_enabled() and loss.weight != 0):
                 terms[name] = loss(outputs)
         rows = {name: value for name, value in terms.items() if value.ndim == 1}
@@ -103,7 +128,8 @@ class CVAEModule(LanguageModule):
 
     def objective(self, terms: Mapping[str, Tensor]) -> Tensor:
         """Return J = sum_i weight_i L_i over the terms whose weight is not 0."""
-        active = [self.losses[name].weight * term for name, term in terms.items() if self.losses[name].weight != 0]
+        weights = self.loss_weights()
+        active = [weights[name] * term for name, term in terms.items() if weights[name] != 0]
         if not active:
             raise ValueError("every loss has weight 0, so there is nothing to minimise: give at least one a weight")
         return torch.stack(active).sum()
@@ -113,13 +139,14 @@ class CVAEModule(LanguageModule):
         self.watch_length(batch)
         total, terms, outputs = self._step(batch, "train")
         self.last_terms = {name: term.detach() for name, term in terms.items()}
-        weighted = {name: (self.losses[name].weight * term).abs() for name, term in self.last_terms.items()}
+        weights = self.loss_weights()
+        weighted = {name: (weights[name] * term).abs() for name, term in self.last_terms.items()}
         scale = torch.stack(list(weighted.values())).sum().clamp_min(1e-12)
         self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(batch))
         self.log_dict(
             {f"train/{name}": term for name, term in self.last_terms.items()}
             | {f"train/loss_contrib/fraction_abs/{name}": part / scale for name, part in weighted.items()}
-            | {f"train/weight/{name}": self.losses[name].weight for name in terms}
+            | self._prefixed("train/weight/", weights)
             | self._prefixed("train/diagnostics/", self.diagnostics(outputs)),
             batch_size=len(batch),
         )
@@ -128,7 +155,7 @@ class CVAEModule(LanguageModule):
     @torch.no_grad()
     def diagnostics(self, outputs: Outputs) -> dict[str, Tensor]:
         """Return the diagnostics of all losses."""
-        return {key: value for loss in self._loss_modules() for key, value in loss.diagnostics(outputs).items()}
+        return {key: value for _, loss in self._named_losses() for key, value in loss.diagnostics(outputs).items()}
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         """Accumulate every metric of the split."""
@@ -157,13 +184,30 @@ class CVAEModule(LanguageModule):
     def compute_metrics(self) -> dict[str, Tensor]:
         """Return the metrics of the split by log key (without stage), and reset them."""
 
+    @abstractmethod
+    def aggregate_outputs(self) -> Outputs:
+        """Return outputs of one example, B = 1, whose distributions are the aggregates of the split so far."""
+
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the split."""
-        self.log_dict(self._prefixed("val/", self.compute_metrics()), sync_dist=True)
+        self._log_evaluation("val/")
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics of the split."""
-        self.log_dict(self._prefixed("test/", self.compute_metrics()), sync_dist=True)
+        self._log_evaluation("test/")
+
+    def _log_evaluation(self, prefix: str) -> None:
+        """Log the split's metrics; batch statistics are those of the whole split, however it was cut into batches."""
+        aggregate = self.aggregate_outputs()
+        with local_batch():
+            statistics = {name: loss(aggregate) for name, loss in self._named_losses() if loss.of_marginals}
+        result = self.compute_metrics() | statistics
+        weighted = {name: weight * result[name] for name, weight in self.loss_weights().items()}
+        self.contributions.update(weighted)
+        result["loss"] = torch.stack(list(weighted.values())).sum()
+        result |= self._prefixed("loss_contrib/fraction_abs/", self.contributions.compute())
+        self.contributions.reset()
+        self.log_dict(self._prefixed(prefix, {k: v.float() for k, v in result.items()}), sync_dist=True)
 
     # The entangled model.
 
@@ -182,7 +226,8 @@ class CVAEModule(LanguageModule):
                 )
             lm = load_causal_lm(self.entangled).eval().requires_grad_(False)
             # Markers that a foreign model lacks get rows; latents get none: they would take probability from y.
-            add_token_rows(lm, max(self.template.marker_ids.values()) + 1, 1.0)
+            rows = max(self.template.marker_ids.values()) + 1
+            add_token_rows(lm, rows, 1.0, torch.Generator().manual_seed(0))  # the same whenever it is loaded
             self._reference.append(lm)
         if self._reference[0].device != self.device:
             self._reference[0].to(self.device)
@@ -191,12 +236,29 @@ class CVAEModule(LanguageModule):
     @torch.no_grad()
     def baseline_nll(self, batch: PairBatch) -> Tensor:
         """Return b_t = -log p_ref(y_t|x,y_<t), [B, T]: of the frozen entangled model, or of the backbone without z."""
-        if self.baseline_policy == "frozen" or not self.training:
+        if self.baseline_policy == "dynamic" and self.training:
+            return self.free_token_nll(self.lm, batch)
+        cache = self.frozen_baseline.cache(self)
+        if cache is None:
             return self.free_token_nll(self.reference(), batch)
-        return self.free_token_nll(self.lm, batch)
+        return cache.rows(batch.index, batch.y_mask, lambda: self.free_token_nll(self.reference(), batch))
+
+    def on_train_epoch_end(self) -> None:
+        """Let go of the entangled model once its costs are known."""
+        self.frozen_baseline.fill(self)
+        self._release_reference()
+
+    def on_validation_end(self) -> None:
+        """Let go of the entangled model once its costs are known."""
+        self._release_reference()
+
+    def _release_reference(self) -> None:
+        if self._reference and self.frozen_baseline.done(self):
+            self._reference.clear()
 
     def setup(self, stage: str) -> None:
         """Compare the artifact with the data it is now used on."""
+        self.frozen_baseline.caches.clear()
         data = getattr(self.trainer, "datamodule", None)
         if self.artifact and data is not None and hasattr(data, "fingerprint"):
             found = {"data": data.fingerprint("val"), "template": self.template.fingerprint()}
@@ -236,8 +298,12 @@ class CVAEModule(LanguageModule):
 
     # Small things.
 
-    def _loss_modules(self) -> list[LossCallback]:
-        return list(self.losses.values())  # type: ignore[arg-type]
+    def loss_weights(self) -> dict[str, float]:
+        """Return the current weight of every term."""
+        return {name: loss.weight for name, loss in self._named_losses()}
+
+    def _named_losses(self) -> list[tuple[str, LossCallback]]:
+        return list(self.losses.items())  # type: ignore[arg-type]
 
     @staticmethod
     def _prefixed(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:

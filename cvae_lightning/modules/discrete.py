@@ -45,7 +45,9 @@ class SharedDiscreteCVAE(CVAEModule):
         baseline: whose NLL weighs tokens: the ``frozen`` entangled model or the current backbone (``dynamic``).
         c_base: nats per token of the entangled model; ``auto`` reads the artifact, else measures it before training.
         latent_token_std: noise of the latent rows at the start, in units of the embedding's standard deviation.
-        branch_method: how the K branches are run: ``cache`` shares the prefix, ``repeat`` reads it K times.
+        branch_method: how the K branches share the prefix: ``cache`` (keys and values), ``grouped`` (one call, also
+            under gradient checkpointing), ``repeat`` (not at all); ``auto`` takes the first that suits the model.
+        num_latent_chunk: latents run at a time, to bound memory; null = all.
         max_length: longest generator prompt in tokens; null = unlimited.
         on_overflow: what happens to a longer record: ``error``, or ``skip`` it and say how many.
         padding_side: side on which x is padded.
@@ -54,6 +56,8 @@ class SharedDiscreteCVAE(CVAEModule):
         warmup_steps: optimizer steps of linear warm-up.
         final_learning_rate_fraction: share of the peak at which the cosine decay ends.
         weight_decay: of matrices.
+        baseline_cache: keep the frozen baseline's NLL on disk, so that the entangled model is run once per record: true
+            (below ``trainer.default_root_dir``, in runs that save checkpoints), false, or a folder.
 
     Raises:
         ValueError: for fewer than two latents, a temperature <= 0, or an entangled model that cannot be read.
@@ -70,7 +74,8 @@ class SharedDiscreteCVAE(CVAEModule):
         baseline: Literal["frozen", "dynamic"] = "frozen",
         c_base: float | Literal["auto"] = "auto",
         latent_token_std: float = 1.0,
-        branch_method: BranchMethod = "cache",
+        branch_method: BranchMethod = "auto",
+        num_latent_chunk: int | None = None,
         max_length: int | None = None,
         on_overflow: Literal["error", "skip"] = "error",
         padding_side: Literal["left", "right"] = "left",
@@ -79,6 +84,7 @@ class SharedDiscreteCVAE(CVAEModule):
         warmup_steps: int = 30,
         final_learning_rate_fraction: float = 0.05,
         weight_decay: float = 0.0,
+        baseline_cache: bool | str = True,
     ) -> None:
         if num_latents < 2:
             raise ValueError(f"num_latents must be at least 2 for z to mean anything, got {num_latents}")
@@ -98,14 +104,16 @@ class SharedDiscreteCVAE(CVAEModule):
             warmup_steps,
             final_learning_rate_fraction,
             weight_decay,
+            baseline_cache,
         )
         self.num_latents = num_latents
         self.posterior_kind = posterior
         self.posterior_temperature = posterior_temperature
         self.branch_method: BranchMethod = branch_method
+        self.num_latent_chunk = num_latent_chunk
         self._prepare_latent_rows(latent_token_std)
         self.posterior_network = PosteriorNetwork(deepcopy(self.lm), num_latents, pooling)
-        self.metrics = DiscreteMetrics(num_latents, list(self.losses))
+        self.metrics = DiscreteMetrics(num_latents)
 
     def _prepare_latent_rows(self, std: float) -> None:
         known = self.lm.get_input_embeddings().weight.shape[0]
@@ -146,19 +154,9 @@ class SharedDiscreteCVAE(CVAEModule):
         suffix_ids = torch.cat([section.expand(size, -1, -1), y_ids], -1)  # [B, K, 2 + T]
         suffix_mask = torch.cat([batch.y_mask.new_ones(size, 3), batch.y_mask[:, :-1]], -1)
         prefix_ids, prefix_mask = self._with_z(batch)
-        return run_branches(self.lm, prefix_ids, prefix_mask, suffix_ids, suffix_mask, self.branch_method)
-
-    def _with_z(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
-        """Return the router prompts and their mask, [B, P + 1]; ``<z>`` stands behind the last real token."""
-        mask = torch.cat([batch.prefix_mask, batch.prefix_mask.new_ones(len(batch), 1)], -1)
-        ids = torch.cat([batch.prefix_ids, batch.prefix_ids[:, :1]], -1)
-        z = self.template.marker_ids["<z>"]
-        if self.template.padding_side == "left":
-            ids = torch.cat([batch.prefix_ids, torch.full_like(batch.prefix_ids[:, :1], z)], -1)
-            return ids, mask
-        end = batch.prefix_mask.sum(-1, keepdim=True)
-        position = torch.arange(mask.shape[1], device=mask.device)
-        return torch.where(position == end, z, ids), position <= end
+        return run_branches(
+            self.lm, prefix_ids, prefix_mask, suffix_ids, suffix_mask, self.branch_method, self.num_latent_chunk
+        )
 
     def router(self, branches: BranchOutput) -> Tensor:
         """Return log p(z_k|x), [B, K]: the logits at ``<z>`` restricted to the latent tokens."""
@@ -171,12 +169,7 @@ class SharedDiscreteCVAE(CVAEModule):
 
     def amortized_posterior(self, batch: PairBatch) -> Tensor:
         """Return log q_xi(z_k|x,y), [B, K], from the posterior network."""
-        y_open = torch.full_like(batch.y_ids[:, :1], self.template.marker_ids["<y>"])
-        on, off = batch.y_mask.new_ones(len(batch), 1), torch.zeros_like(batch.prefix_mask)
-        ids = torch.cat([batch.prefix_ids, y_open, batch.y_ids], -1)
-        mask = torch.cat([batch.prefix_mask, on, batch.y_mask], -1)
-        region = torch.cat([off, on, batch.y_mask], -1)
-        return self.posterior_network(ids, mask, region).log_softmax(-1)
+        return self.posterior_network(*self._z_free(batch)).log_softmax(-1)
 
     def posterior(
         self, batch: PairBatch, router_log_probs: Tensor, token_nll: Tensor, amortized_log_probs: Tensor
@@ -211,8 +204,15 @@ class SharedDiscreteCVAE(CVAEModule):
         self, batch: PairBatch, outputs: Outputs, terms: Mapping[str, Tensor], extra: Mapping[str, Tensor]
     ) -> None:
         """Accumulate one evaluation batch."""
-        weights = {name: float(loss.weight) for name, loss in self.losses.items()}  # type: ignore[arg-type]
-        self.metrics.update(cast(DiscreteOutputs, outputs), batch.strategy, terms, weights, extra)
+        self.metrics.update(cast(DiscreteOutputs, outputs), batch.strategy, terms, extra)
+
+    def aggregate_outputs(self) -> DiscreteOutputs:
+        """Return one example whose router and posterior are the means over the split."""
+        usage = self.metrics.usage.compute()
+        router, posterior = (usage[f"aggregate_{part}"].float().log()[None] for part in ("router", "posterior"))
+        none = router.new_zeros(1, self.num_latents, 0)
+        temperature = router.new_tensor(self.posterior_temperature)
+        return DiscreteOutputs(router, posterior, posterior, none, none[:, 0].bool(), temperature)
 
     def compute_metrics(self) -> dict[str, Tensor]:
         """Return the metrics of the split by log key."""
@@ -261,6 +261,18 @@ class SharedDiscreteCVAE(CVAEModule):
             raise ValueError(f"z must name latents 0 .. {self.num_latents - 1}, one for all or one per x, got {z!r}")
         m, ids = self.template.marker_ids, self.template.latent_ids
         return self.generate_from(x, [[m["<z>"], ids[k], m["</z>"]] for k in latents], **options)
+
+    def generate_all(self, x: Sequence[str], **options: Any) -> list[list[str]]:
+        """Return, for each x, one y under every latent; each x is read once for all of them.
+
+        Args:
+            x: inputs.
+            options: as for :meth:`generate`; ``batch_size`` counts y.
+        """
+        m, latents = self.template.marker_ids, torch.tensor(self.template.latent_ids, device=self.device)
+        branches = torch.stack([latents, *(torch.full_like(latents, m[t]) for t in ("</z>", "<y>"))], -1)  # [K, 3]
+        ys = self.generate_from(x, [[m["<z>"]]] * len(x), branches=branches, **options)
+        return [ys[i : i + self.num_latents] for i in range(0, len(ys), self.num_latents)]
 
     def predict_step(self, batch: PairBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Return one row per record: x, the argmax latent, p(z|x) and the greedy y under that latent."""

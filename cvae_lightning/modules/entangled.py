@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from cvae_lightning.backbones.artifact import Baseline, save_artifact
 from cvae_lightning.backbones.causal_lm import add_token_rows, build_causal_lm, load_causal_lm, load_tokenizer
 from cvae_lightning.backbones.tokenizer import build_tokenizer
+from cvae_lightning.functional import global_batch_mean
 from cvae_lightning.metrics import ReconstructionRatio
 from cvae_lightning.modules.language_model import LanguageModule, describe_lm, rebuild_lm
 from cvae_lightning.outputs import PairBatch
@@ -37,6 +38,8 @@ class EntangledLM(LanguageModule):
         max_length: longest record in tokens, latent section included; null = unlimited.
         on_overflow: what happens to a longer record: ``error``, or ``skip`` it and say how many.
         padding_side: side on which x is padded.
+        max_gap: training leaves 0 to this many positions, at random, free before ``<y>``, so that the latent section
+            that post-training puts there (3 tokens) does not shift what the model has learned; 0 = never.
         new_token_std: noise of the rows added to a pretrained model, in units of the embedding's standard deviation.
         learning_rate: peak learning rate of AdamW.
         warmup_steps: optimizer steps of linear warm-up.
@@ -54,6 +57,7 @@ class EntangledLM(LanguageModule):
         max_length: int | None = None,
         on_overflow: Literal["error", "skip"] = "error",
         padding_side: Literal["left", "right"] = "left",
+        max_gap: int = 3,
         new_token_std: float = 1.0,
         learning_rate: float = 2e-3,
         warmup_steps: int = 100,
@@ -70,7 +74,12 @@ class EntangledLM(LanguageModule):
         self.config = config
         self.tokenizer_kind = tokenizer
         self.tokenizer_vocab_size = tokenizer_vocab_size
-        self.template_options = {"max_length": max_length, "on_overflow": on_overflow, "padding_side": padding_side}
+        self.template_options: dict[str, Any] = {
+            "max_length": max_length,
+            "on_overflow": on_overflow,
+            "padding_side": padding_side,
+        }
+        self.max_gap = max_gap
         self.new_token_std = new_token_std
         self.lm = None
         self.template = None  # type: ignore[assignment]
@@ -122,7 +131,10 @@ class EntangledLM(LanguageModule):
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Return the mean NLL per y-token of the batch, in nats."""
         self.watch_length(batch)
-        loss = self.free_token_nll(self.lm, batch).sum() / batch.y_mask.sum().clamp_min(1)
+        gap = torch.randint(self.max_gap + 1, (len(batch),), device=self.device) if self.max_gap else None
+        nats_and_tokens = torch.stack([self.free_token_nll(self.lm, batch, gap).sum(-1), batch.y_mask.sum(-1)], -1)
+        nats, tokens = global_batch_mean(nats_and_tokens)  # tokens of all ranks count alike
+        loss = nats / tokens
         self.last_terms = {"loss": loss.detach()}
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         return loss
@@ -193,6 +205,7 @@ def measure_baseline(module: LanguageModule, lm: Any, loader: Any) -> tuple[floa
     sums = torch.zeros(2, dtype=torch.float64, device=module.device)  # nats, tokens
     for batch in tqdm(loader, desc="measuring the entangled model", disable=module.global_rank != 0, leave=False):
         batch = batch.to(module.device)
+        module.check_positions(batch)
         sums += torch.stack([module.free_token_nll(lm, batch).double().sum(), batch.y_mask.sum().double()])
     lm.train(training)
     if dist.is_available() and dist.is_initialized():

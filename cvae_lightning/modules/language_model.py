@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,12 +15,12 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from cvae_lightning.backbones.branches import run_branches
-from cvae_lightning.backbones.causal_lm import build_causal_lm, head_of, load_tokenizer
+from cvae_lightning.backbones.causal_lm import build_causal_lm, decoder_of, head_of, load_tokenizer, read_hidden
 from cvae_lightning.functional import latent_token_stats
 from cvae_lightning.outputs import PairBatch
 from cvae_lightning.spec import HasSpec, to_plain
 from cvae_lightning.template import PromptTemplate
+from cvae_lightning.trust import check_class_paths
 
 
 class LanguageModule(HasSpec, L.LightningModule):
@@ -50,7 +50,7 @@ class LanguageModule(HasSpec, L.LightningModule):
         self.weight_decay = weight_decay
         if _given_hyperparameters.get() is None:  # built in Python, not by LightningCLI
             instantiator = {"_instantiator": "lightning.pytorch.cli.instantiate_module"}
-            self.save_hyperparameters({**to_plain(self._spec_args), **instantiator})  # type: ignore[attr-defined]
+            self.save_hyperparameters({**to_plain(self._spec_args), **instantiator})
         else:
             self.save_hyperparameters()
 
@@ -73,21 +73,35 @@ class LanguageModule(HasSpec, L.LightningModule):
         floor = self.final_learning_rate_fraction
         return warmup * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / total))))
 
-    def free_token_nll(self, lm: Any, batch: PairBatch) -> Tensor:
-        """Return -log p(y_t|x,y_<t) of the z-free records under ``lm``, [B, T] nats, 0 where masked."""
-        head = head_of(lm)
-        y_open = batch.y_ids.new_full((len(batch), 1, 1), self.template.marker_ids["<y>"])
-        suffix = torch.cat([y_open, batch.y_ids[:, None, :-1]], -1)
-        mask = torch.cat([batch.y_mask[:, :1], batch.y_mask[:, :-1]], -1)
-        hidden = run_branches(lm, batch.prefix_ids, batch.prefix_mask, suffix, mask, "repeat").hidden  # [B, 1, T, D]
-        return token_stats(hidden, head, batch, need_jsd=False)[0][:, 0]
+    def free_token_nll(self, lm: Any, batch: PairBatch, gap: Tensor | None = None) -> Tensor:
+        """Return -log p(y_t|x,y_<t) of the z-free records under ``lm``, [B, T] nats, 0 where masked.
+
+        Args:
+            lm: a causal LM.
+            batch: the records.
+            gap: [B] number of positions left free before ``<y>``; None = 0.
+        """
+        width = batch.prefix_ids.shape[1]
+        y_open = torch.full_like(batch.y_ids[:, :1], self.template.marker_ids["<y>"])
+        ids = torch.cat([batch.prefix_ids, y_open, batch.y_ids[:, :-1]], -1)
+        mask = torch.cat([batch.prefix_mask, batch.y_mask[:, :1], batch.y_mask[:, :-1]], -1)
+        behind = torch.arange(ids.shape[1], device=ids.device) >= width
+        offset = None if gap is None else gap[:, None] * behind
+        hidden = read_hidden(decoder_of(lm), ids, mask, offset)[:, width:]  # [B, T, D]
+        return token_stats(hidden[:, None], head_of(lm), batch, need_jsd=False)[0][:, 0]
 
     def generate_from(self, xs: Sequence[str], section: Sequence[Sequence[int]], **options: Any) -> list[str]:
-        """Continue ``<bos> <x> x </x> section <y>`` for each x; see :meth:`generate` of the subclasses."""
+        """Continue ``<bos> <x> x </x> section <y>`` for each x; see :meth:`generate` of the subclasses.
+
+        ``embed`` turns prompt ids [N, L] of these rows of ``xs`` into input embeddings, where a latent is a vector.
+        ``branches`` [K, S] are ids behind the section, instead of ``<y>``: K continuations in a row for each x.
+        """
         from cvae_lightning.backbones.generation import generate_ids
 
         batch_size: int = options.pop("batch_size", 256)
         limit: int | None = options.pop("max_new_tokens", None)
+        embed: Callable[[Tensor, slice], Tensor] | None = options.pop("embed", None)
+        branches: Tensor | None = options.pop("branches", None)
         seed: int | None = options.pop("generator_seed", None)
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
         m = self.template.marker_ids
@@ -96,19 +110,24 @@ class LanguageModule(HasSpec, L.LightningModule):
         training = self.training
         self.eval()
         try:
-            for start in range(0, len(xs), batch_size):
-                rows = slice(start, start + batch_size)
+            size = batch_size if branches is None else max(1, batch_size // len(branches))
+            for start in range(0, len(xs), size):
+                rows = slice(start, start + size)
                 ids, mask = self.template.prefixes(xs[rows])
-                tail = torch.tensor([[*part, m["<y>"]] for part in section[rows]])
+                tail = torch.tensor([[*part] if branches is not None else [*part, m["<y>"]] for part in section[rows]])
                 ids, mask = torch.cat([ids, tail], -1), torch.cat([mask, torch.ones_like(tail, dtype=torch.bool)], -1)
+                ids = ids.to(self.device)
+                behind = 0 if branches is None else branches.shape[1]
+                room = (getattr(self.lm.config, "max_position_embeddings", None) or 2**31) - ids.shape[1] - behind
                 produced = generate_ids(
                     self.lm,
-                    ids.to(self.device),
+                    ids if embed is None else embed(ids, rows),
                     mask.to(self.device),
                     self.template.end_id,
-                    limit or self.max_new_tokens,
+                    max(1, min(limit or self.max_new_tokens, room)),
                     generator=generator,
                     banned=banned,
+                    branches=branches,
                     **options,
                 )
                 texts += self.template.decode(produced.cpu())
@@ -116,14 +135,49 @@ class LanguageModule(HasSpec, L.LightningModule):
             self.train(training)
         return texts
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint without running code that it names: weights only, and classes only of imported modules.
+
+        Args:
+            checkpoint_path: the file.
+            args, kwargs: as for ``LightningModule.load_from_checkpoint``.
+
+        Raises:
+            ValueError: if its hyperparameters name a class of a module that is not imported.
+        """
+        kwargs["weights_only"] = True
+        stored = torch.load(checkpoint_path, map_location="meta", weights_only=True)
+        check_class_paths(stored.get(cls.CHECKPOINT_HYPER_PARAMS_KEY), str(checkpoint_path))
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
     @property
     def max_new_tokens(self) -> int:
         """Longest y worth generating: a little above the longest that this module has seen."""
         return int(self.longest_y) + 8 if int(self.longest_y) else 256
 
     def watch_length(self, batch: PairBatch) -> None:
-        """Remember the longest y-region seen."""
+        """Remember the longest y-region seen; see also :meth:`check_positions`."""
+        self.check_positions(batch)
         self.longest_y.fill_(max(int(self.longest_y), batch.y_ids.shape[1]))
+
+    def check_positions(self, batch: PairBatch) -> None:
+        """Raise if a record, latent section included, is longer than the model can read.
+
+        Raises:
+            ValueError: naming the length, the limit and the ways out.
+        """
+        limit = getattr(self.lm.config, "max_position_embeddings", None)
+        if not limit or batch.prefix_ids.shape[1] + 4 + batch.y_ids.shape[1] <= limit:
+            return
+        lengths = batch.prefix_mask.sum(-1) + 4 + batch.y_mask.sum(-1)
+        row = int(lengths.argmax())
+        if int(lengths[row]) > limit:
+            raise ValueError(
+                f"the record whose x begins with {batch.x[row][:40]!r} takes {int(lengths[row])} tokens, more than the "
+                f"model's {limit} positions: set model.init_args.max_length to {limit} (and on_overflow to skip, to "
+                "leave such records out), or take a model with a larger max_position_embeddings"
+            )
 
     def keep_longest_y(self) -> None:
         """Register the buffer that holds the longest y-region seen, in tokens."""

@@ -118,3 +118,11 @@ def test_state_survives_a_resume():
 def test_bad_arguments(options, text):
     with pytest.raises(ValueError, match=text):
         CollapseAlarm(**options)
+
+
+def test_a_continuous_latent_without_active_dimension_is_named():
+    alarm = CollapseAlarm()
+    metrics = {"val/diagnostics/active_units": torch.tensor(0.0), "val/diagnostics/active_units_delta": 0.01}
+    assert set(alarm.causes(metrics, object())) == {"inactive"}
+    assert "less than 0.01" in alarm.causes(metrics, object())["inactive"]
+    assert not alarm.causes({"val/diagnostics/active_units": torch.tensor(1.0)}, object())

@@ -160,5 +160,5 @@ def test_bad_arguments_and_missing_fields():
 def test_a_loss_remembers_how_it_was_built():
     assert L.PriorKLLoss(0.3, free_nats=0.1).spec() == {
         "class_path": "cvae_lightning.losses.divergence.PriorKLLoss",
-        "init_args": {"weight": 0.3, "free_nats": 0.1},
+        "init_args": {"weight": 0.3, "free_nats": 0.1, "target_nats": None, "per_dimension": False},
     }

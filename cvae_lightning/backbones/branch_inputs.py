@@ -1,0 +1,95 @@
+"""What the ways of running K branches behind one prefix have in common: their inputs, positions and results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BranchOutput:
+    """Hidden states of the branches and of the position that routes.
+
+    Shape:
+        hidden: [B, K, S, D] at every suffix token. router_hidden: [B, D] at the last prefix token.
+    """
+
+    hidden: Tensor
+    router_hidden: Tensor
+
+
+@dataclass(frozen=True)
+class BranchInputs:
+    """One prefix per example and K suffixes behind it; positions count real tokens, so padding changes nothing.
+
+    Shape:
+        prefix_ids, prefix_mask: [B, P]; bool mask, True counts; padded on the left.
+        suffix: [B, K, S] token ids, or [B, K, S, D] input embeddings where a latent is a vector.
+        suffix_mask: [B, S], shared by the branches, padded on the right.
+    """
+
+    prefix_ids: Tensor
+    prefix_mask: Tensor
+    suffix: Tensor
+    suffix_mask: Tensor
+
+    @classmethod
+    def of(cls, prefix_ids: Tensor, prefix_mask: Tensor, suffix: Tensor, suffix_mask: Tensor) -> BranchInputs:
+        """Move padding between prefix and suffix to the left, where windows and recurrent states do not see it."""
+        place = torch.arange(prefix_ids.shape[1], device=prefix_ids.device)
+        shift = (prefix_mask * (place + 1)).argmax(-1, keepdim=True) + 1  # [B, 1]; P where padded on the left
+        source = (place + shift) % max(1, prefix_ids.shape[1])
+        return cls(prefix_ids.gather(1, source), prefix_mask.gather(1, source), suffix, suffix_mask)
+
+    @property
+    def num_latents(self) -> int:
+        """K, the number of branches."""
+        return self.suffix.shape[1]
+
+    @property
+    def width(self) -> int:
+        """P, the padded length of the prefix."""
+        return self.prefix_ids.shape[1]
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the suffixes are vectors."""
+        return self.suffix.is_floating_point()
+
+    @cached_property
+    def prefix_positions(self) -> Tensor:
+        """[B, P]."""
+        return (self.prefix_mask.long().cumsum(-1) - 1).clamp_min(0)
+
+    @cached_property
+    def suffix_positions(self) -> Tensor:
+        """[B, S]; they restart behind the prefix in every branch."""
+        steps = torch.arange(self.suffix.shape[2], device=self.prefix_mask.device)
+        return self.prefix_mask.sum(-1, keepdim=True) + steps
+
+    @cached_property
+    def branch_mask(self) -> Tensor:
+        """[B * K, P + S] int64: which tokens of prefix and branch count."""
+        mask = torch.cat([self.prefix_mask, self.suffix_mask], -1).long()
+        return mask.repeat_interleave(self.num_latents, 0)
+
+    def named(self, tokens: Tensor) -> dict[str, Tensor]:
+        """Return token ids or vectors under the keyword by which a decoder takes them."""
+        return {"inputs_embeds" if self.embedded else "input_ids": tokens}
+
+    def prefix_like_suffix(self, decoder: Any) -> Tensor:
+        """Return the prefix as token ids, or as vectors where the suffixes are vectors."""
+        return decoder.get_input_embeddings()(self.prefix_ids) if self.embedded else self.prefix_ids
+
+    def latents(self, part: slice) -> BranchInputs:
+        """Return the inputs of some of the latents."""
+        return replace(self, suffix=self.suffix[:, part])
+
+    def rows(self, index: Tensor) -> BranchInputs:
+        """Return the inputs of some of the examples."""
+        fields = (self.prefix_ids, self.prefix_mask, self.suffix, self.suffix_mask)
+        return BranchInputs(*(field[index] for field in fields))

@@ -1,0 +1,138 @@
+"""Prefix and branches as one sequence in one call, by an attention function that keeps the branches apart.
+
+The sequence is ``prefix, branch 1, ..., branch K``. Prefix tokens attend to the prefix, the tokens of a branch to
+the prefix and to their own branch. No score between two branches is computed.
+Source: the grouping of Liu et al. 2025 (arXiv 2506.05433), for the branches of one latent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cvae_lightning.backbones.branch_inputs import BranchInputs, BranchOutput
+from cvae_lightning.backbones.causal_lm import decoder_of
+
+NAME = "latent_branches"
+"""Name of the attention function; without branches it is SDPA, so a model may keep it."""
+
+
+@dataclass(frozen=True)
+class Branches:
+    """Where the branches of a packed sequence lie, and what may be attended to.
+
+    Shape:
+        prefix_mask: [B, 1, P, P]. branch_mask: [B * K, 1, S, P + S]. Bool, True is attended to.
+    """
+
+    num_latents: int
+    prefix_mask: Tensor
+    branch_mask: Tensor
+
+    @classmethod
+    def of(cls, inputs: BranchInputs) -> Branches:
+        """Build the masks; every query sees at least itself, so that no softmax is empty."""
+        prefix, suffix, latents = inputs.prefix_mask, inputs.suffix_mask, inputs.num_latents
+        length = suffix.shape[1]
+        causal = torch.ones(2 * [max(inputs.width, length)], dtype=torch.bool, device=prefix.device).tril()
+        diagonal = causal & causal.t()
+
+        def own(mask: Tensor) -> Tensor:  # [B, L] -> [B, L, L]
+            size = mask.shape[1]
+            return causal[:size, :size] & mask[:, None] | diagonal[:size, :size]
+
+        branch = torch.cat([prefix[:, None].expand(-1, length, -1), own(suffix)], -1)
+        return cls(latents, own(prefix)[:, None], branch.repeat_interleave(latents, 0)[:, None])
+
+
+def branch_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attend within prefix and branches where ``branches`` is given, else as SDPA does."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    branches: Branches | None = kwargs.pop("branches", None)
+    if branches is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
+    kwargs.pop("is_causal", None)
+    latents, width = branches.num_latents, branches.prefix_mask.shape[-1]
+    length = branches.branch_mask.shape[-2]
+
+    def own(states: Tensor) -> Tensor:  # [B, heads, P + K * S, d] -> [B, K, heads, S, d]
+        return states[:, :, width:].unflatten(2, (latents, length)).transpose(1, 2)
+
+    def with_prefix(states: Tensor) -> Tensor:  # -> [B * K, heads, P + S, d]
+        shared = states[:, None, :, :width].expand(-1, latents, -1, -1, -1)
+        return torch.cat([shared, own(states)], 3).flatten(0, 1)
+
+    before, _ = sdpa_attention_forward(
+        module,
+        query[:, :, :width],
+        key[:, :, :width],
+        value[:, :, :width],
+        branches.prefix_mask,
+        *args,
+        **kwargs,
+    )  # [B, P, heads, d]
+    behind, _ = sdpa_attention_forward(
+        module,
+        own(query).flatten(0, 1),
+        with_prefix(key),
+        with_prefix(value),
+        branches.branch_mask,
+        *args,
+        **kwargs,
+    )  # [B * K, S, heads, d]
+    return torch.cat([before, behind.unflatten(0, (-1, latents)).flatten(1, 2)], 1), None
+
+
+def supports_grouped(lm: Any) -> bool:
+    """Return whether a model takes its attention function from the registry and attends to all that is before a token.
+
+    Sliding windows, soft caps and attention sinks are no matter of this function and would be lost without an error.
+    """
+    config = lm.config.get_text_config()
+    sliding = set(getattr(config, "layer_types", None) or ()) - {"full_attention"} or (
+        getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    )
+    return bool(
+        getattr(lm, "_supports_attention_backend", False)
+        and config._attn_implementation in ("sdpa", NAME)
+        and not sliding
+        and not getattr(config, "attn_logit_softcapping", None)
+    )
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, branch_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def run_grouped(lm: Any, inputs: BranchInputs) -> BranchOutput:
+    """Read prefix and branches in one call. The model's attention function stays set, as recomputation needs it."""
+    if not supports_grouped(lm):
+        raise ValueError(
+            f"branch_method=grouped needs SDPA attention over the whole prefix, which {type(lm).__name__} does not "
+            "offer: use cache or repeat"
+        )
+    if lm.config._attn_implementation != NAME:
+        _register()
+        lm.set_attn_implementation(NAME)
+    decoder = decoder_of(lm)
+    tokens = torch.cat([inputs.prefix_like_suffix(decoder), inputs.suffix.flatten(1, 2)], 1)
+    positions = torch.cat([inputs.prefix_positions, inputs.suffix_positions.repeat(1, inputs.num_latents)], -1)
+    hidden = decoder(
+        **inputs.named(tokens),
+        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device),  # 4-D: taken as it is
+        position_ids=positions,
+        use_cache=False,
+        branches=Branches.of(inputs),
+    ).last_hidden_state
+    branches = hidden[:, inputs.width :].unflatten(1, (inputs.num_latents, -1))
+    return BranchOutput(branches, hidden[:, inputs.width - 1])

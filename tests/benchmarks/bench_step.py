@@ -1,0 +1,119 @@
+"""S1-S4, L1: a whole training step through the LightningModule against the step that one writes first."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from typing import Any
+
+import torch
+from measure import Figure, clock, extra_megabytes, options, report
+from setting import NaiveCVAE, Sentences, artifact, build, frozen_costs, plain_step, through_lightning
+
+from cvae_lightning.modules import SharedDiscreteCVAE
+
+LENGTH = 64
+SETTINGS = {(128, 4): ("S1", 3.5, 4.7), (128, 8): ("S2", 4.5, 6.3), (256, 4): ("S2", 5.5, 7.7)}
+
+
+def gemm_peak(width: int, vocab: int) -> float:
+    """Return FLOP/s of the best of a few large fp32 products."""
+    best = 0.0
+    for rows, inner, columns in ((512, width, min(vocab, 1024)), (1024, 1024, 1024), (512, 2048, 1024)):
+        a, b, out = torch.randn(rows, inner), torch.randn(inner, columns), torch.empty(rows, columns)
+        for _ in range(20):
+            start = clock()
+            for _ in range(5):
+                torch.mm(a, b, out=out)
+            best = max(best, 5 * 2 * rows * inner * columns / (clock() - start))
+    return best
+
+
+def ideal_flops(batch: int, prefix: int, latents: int, width: int, layers: int, vocab: int) -> float:
+    """Return FLOP of the ideal step: 2 per weight and token forward, 4 backward, and the attention scores.
+
+    The prefix is read once, the head sees supervised positions alone and is not recomputed, the baseline is cached; the
+    posterior network is of the model's size.
+    """
+    body, suffix = 12 * width * width * layers, LENGTH + 2
+    tokens = prefix + latents * suffix
+    pairs = prefix**2 / 2 + latents * (suffix * prefix + suffix**2 / 2)
+    model = 3 * (2 * body * tokens + 4 * width * layers * pairs)
+    head = 6 * vocab * width * latents * LENGTH
+    record = prefix + LENGTH
+    posterior = 3 * (2 * body * record + 4 * width * layers * record**2 / 2)
+    return batch * (model + head + posterior)
+
+
+def main() -> None:
+    """Measure and report."""
+    warnings.filterwarnings("ignore")
+    given = options(__doc__ or "")
+    width, layers, vocab = (64, 2, 2000) if given.quick else (256, 4, 50257)
+    batch_size, figures = 4, []
+    with tempfile.TemporaryDirectory() as folder:
+        source = artifact(folder, "gpt2", width, layers, vocab)
+        for (prefix, latents), (name, gate, aim) in SETTINGS.items():
+            if not f"{name} ({prefix},{latents})".startswith(given.only):
+                continue
+            data = Sentences(prefix, LENGTH, 2 * batch_size, vocab, batch_size)
+            ours, naive = (build(kind, source, latents) for kind in (SharedDiscreteCVAE, NaiveCVAE))
+            batch = ours.template.collate(data.all[:batch_size])
+            assert batch.prefix_ids.shape[1] == prefix - 1  # <z> makes it P
+            hand = build(SharedDiscreteCVAE, source, latents)
+            check_equal(hand, naive, batch)
+            others = {"naive": plain_step(naive, batch), "hand": plain_step(hand, batch, frozen_costs(hand, batch))}
+            hand._reference.clear()
+            best = through_lightning(ours, data, others, clock, given.repeat)
+            note = f"{best['naive']:.2f} s / {best['lightning']:.2f} s"
+            figures.append(
+                Figure(f"{name} ({prefix},{latents}) time", best["naive"] / best["lightning"], gate, aim, note)
+            )
+            if (prefix, latents) == (128, 4):
+                peak = gemm_peak(width, vocab)
+                bound = ideal_flops(batch_size, prefix, latents, width, layers, vocab) / peak
+                note = f"bound {bound:.2f} s at {peak / 1e9:.0f} GFLOP/s, step {best['lightning']:.2f} s"
+                figures.append(Figure("S4 bound / achieved", bound / best["lightning"], 0.6, 0.8, note))
+                overhead = best["lightning"] / best["hand"]
+                note = f"{best['lightning']:.2f} s / {best['hand']:.2f} s"
+                figures.append(Figure("L1 Lightning / hand-written loop", overhead, 1.10, 1.03, note, True))
+            del ours, naive, hand, others
+        if "S3".startswith(given.only[:2]):
+            figures += memory(source, vocab, batch_size)
+    report("The training step, naive / ours", figures, given)
+
+
+def check_equal(ours: Any, naive: Any, batch: Any) -> None:
+    """Both sides compute the same losses, or there is nothing to compare."""
+    with torch.no_grad():
+        totals = [module._step(batch, "train")[0] for module in (ours, naive)]
+    torch.testing.assert_close(totals[0], totals[1], rtol=1e-4, atol=1e-4)
+
+
+def memory(source: str, vocab: int, batch_size: int) -> list[Figure]:
+    """S3: peak extra memory of one step, each side in a process of its own."""
+
+    def extra(kind: type[SharedDiscreteCVAE], latents: int) -> float:
+        def build_side() -> Any:
+            module = build(kind, source, latents, num_latent_chunk=4)
+            batch = module.template.collate(Sentences(128, LENGTH, batch_size, vocab).all)
+            if kind is NaiveCVAE:
+                module.reference()
+                return plain_step(module, batch)
+            costs = frozen_costs(module, batch)
+            module._reference.clear()
+            return plain_step(module, batch, costs)
+
+        return extra_megabytes(build_side)
+
+    naive, ours, wide = extra(NaiveCVAE, 4), extra(SharedDiscreteCVAE, 4), extra(SharedDiscreteCVAE, 16)
+    return [
+        Figure("S3 memory (128,4)", naive / ours, 5, 7, f"{naive:.0f} MB / {ours:.0f} MB"),
+        Figure(
+            "S3 memory K=16 / K=4, 4 latents at a time", wide / ours, 1.5, 1.2, f"{wide:.0f} MB / {ours:.0f} MB", True
+        ),
+    ]
+
+
+if __name__ == "__main__":
+    main()

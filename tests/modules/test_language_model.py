@@ -1,0 +1,67 @@
+import sys
+
+import pytest
+import torch
+from tiny import RECORDS, tiny_artifact
+
+from cvae_lightning import EntangledLM, SharedDiscreteCVAE
+from cvae_lightning.losses import ReconstructionLoss
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    artifact = tiny_artifact(tmp_path_factory.mktemp("artifact"), "gpt2")
+    torch.manual_seed(0)
+    return SharedDiscreteCVAE(artifact, {"reconstruction_loss": ReconstructionLoss()}, num_latents=2).eval()
+
+
+def test_a_gap_moves_only_the_positions_of_y(model):
+    t = model.template
+    gap = torch.tensor([0, 1, 2, 3, 3])
+    with torch.no_grad():
+        found = model.free_token_nll(model.reference(), t.collate(RECORDS), gap)
+        for i, record in enumerate(RECORDS):
+            prefix, y = t.segments([record])[0]
+            ids = [*prefix, t.marker_ids["<y>"], *y]
+            positions = [j + (int(gap[i]) if j >= len(prefix) else 0) for j in range(len(ids))]
+            logits = model.reference()(torch.tensor([ids]), position_ids=torch.tensor([positions])).logits[0]
+            log_probs = logits.log_softmax(-1)
+            expected = torch.stack([-log_probs[len(prefix) + j, token] for j, token in enumerate(y)])
+            torch.testing.assert_close(found[i, : len(y)], expected, atol=1e-5, rtol=1e-5)
+    none = model.free_token_nll(model.reference(), t.collate(RECORDS))
+    assert not torch.allclose(none[4], found[4])
+
+
+def test_learning_rate_warms_up_and_decays_to_its_floor(tmp_path):
+    lm = EntangledLM(str(tmp_path), config={"model_type": "gpt2"}, warmup_steps=10, final_learning_rate_fraction=0.1)
+    factors = [lm.learning_rate_factor(step, 100) for step in range(101)]
+    assert factors[0] == pytest.approx(0.1)
+    assert max(factors) == factors[factors.index(max(factors))] <= 1.0
+    assert factors[50] == pytest.approx(0.55)
+    assert factors[100] == pytest.approx(0.1)
+
+
+def test_a_checkpoint_may_not_name_code_that_is_not_imported(tmp_path):
+    evil = tmp_path / "evil_module.py"
+    evil.write_text("raise SystemExit('this code ran')\n")
+    path = tmp_path / "stranger.ckpt"
+    losses = {"a": {"class_path": "evil_module.Loss"}}
+    torch.save({"hyper_parameters": {"losses": losses}, "state_dict": {}, "pytorch-lightning_version": "2.6.6"}, path)
+    sys.path.insert(0, str(tmp_path))
+    try:
+        with pytest.raises(ValueError, match=r"stranger\.ckpt names evil_module\.Loss"):
+            SharedDiscreteCVAE.load_from_checkpoint(path)
+    finally:
+        sys.path.remove(str(tmp_path))
+
+
+class Bomb:
+    def __reduce__(self):
+        return (sys.exit, ("this code ran",))
+
+
+def test_a_malicious_pickle_is_refused(tmp_path):
+    path = tmp_path / "bomb.ckpt"
+    torch.save({"hyper_parameters": {}, "state_dict": {}, "bomb": Bomb()}, path)
+    with pytest.raises(Exception, match="Weights only load failed"):
+        SharedDiscreteCVAE.load_from_checkpoint(path)
