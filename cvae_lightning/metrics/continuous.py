@@ -21,9 +21,10 @@ from cvae_lightning.outputs import ContinuousOutputs, PairBatch, require
 class LatentMoments(SumStatistics):
     """Per dimension: how much the posterior means move, how noisy they are, and where the routers lie together.
 
-    `compute()` returns, [D] each, `posterior_mean_variance` (variance over the records of E_q[z]), `posterior_variance`
-    (mean of the posterior variances), `posterior_centre` (mean of the posterior means), `router_mean` and `router_variance` (the moment-matched router marginal), and
-    `active_units`, the number of dimensions with `posterior_mean_variance` > delta.
+    `compute()` returns, [D] each, `posterior_mean_mean` and `posterior_mean_variance` (mean and variance over the
+    records of E_q[z]), `posterior_variance` (mean of the posterior variances), `router_mean` and `router_variance` (the
+    moment-matched router marginal), and `active_units`, the number of dimensions with a `posterior_mean_variance` above
+    delta.
     Source: Burda et al. 2016, Section 5.2, arXiv 1509.00519 (active units).
 
     Args:
@@ -74,7 +75,6 @@ class LatentMoments(SumStatistics):
             "posterior_mean_mean": mean,
             "posterior_mean_variance": moved,
             "posterior_variance": variance,
-            "posterior_centre": mean,
             "router_mean": router,
             "router_variance": (router_square - router.square()).clamp_min(0),
             "active_units": (moved > self.delta).sum(),

@@ -97,13 +97,21 @@ class GaussianUse(CVAEModule):
         return latents.float()
 
     def predict_step(self, batch: PairBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Return one row per record: x, the router's mean and log-variance, and the greedy y under that mean."""
-        x = list(batch.x)
+        """Return one row per record: x, the router's Gaussian, a z drawn from it, and the greedy y under that z.
+
+        The draw is a function of the record's index. (The router's mean is no good z where its mass lies around it.)
+        """
+        x, indices = list(batch.x), batch.index.tolist()
         mean, logvar = self.route(x)
-        ys = self.generate(x, mean)
+        draws = [torch.randn(self.latent_dim, generator=torch.Generator().manual_seed(i)) for i in indices]
+        z = mean + (0.5 * logvar).exp() * torch.stack(draws)
+        columns = {"z": z, "router_mean": mean, "router_logvar": logvar}
+        rows = zip(indices, x, self.generate(x, z), strict=True)
         return [
-            {"index": i, "x": a, "z": [round(v, 6) for v in m], "router_logvar": [round(v, 6) for v in s], "y": b}
-            for i, a, m, s, b in zip(batch.index.tolist(), x, mean.tolist(), logvar.tolist(), ys, strict=True)
+            {"index": i, "x": a}
+            | {name: [round(v, 6) for v in values[n].tolist()] for name, values in columns.items()}
+            | {"y": y}
+            for n, (i, a, y) in enumerate(rows)
         ]
 
 

@@ -171,3 +171,38 @@ def test_grouped_refuses_what_it_would_get_wrong():
         statistics(build("mistral"), "grouped", "left")
     with pytest.raises(ValueError, match="num_latent_chunk"):
         statistics(build("llama"), "repeat", "left", 0)
+
+
+def test_many_latents_in_chunks_keep_no_more_than_one_chunk():
+    lm = build("gpt2")
+    prefix, prefix_mask, _, _ = prompts("left")
+    suffix, mask = torch.randint(1, VOCABULARY, (3, 64, 20)), torch.ones(3, 20, dtype=torch.bool)
+
+    def kept(latents, chunk):
+        storages = {}
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = run_branches(lm, prefix, prefix_mask, suffix[:, :latents], mask, "cache", chunk)
+        return sum(storages.values()), output
+
+    few, _ = kept(4, None)
+    all_at_once, expected = kept(64, None)
+    chunked, found = kept(64, 4)
+    assert all_at_once > 8 * few
+    assert chunked < few
+    torch.testing.assert_close(found.hidden, expected.hidden, atol=2e-5, rtol=1e-4)
+
+
+def test_fused_activations_are_the_same_function():
+    from transformers import AutoModelForCausalLM
+
+    lm, ids = build("gpt2"), prompts("none")[0]
+    plain = AutoModelForCausalLM.from_config(lm.config)
+    plain.load_state_dict(lm.state_dict())
+    assert "NewGELU" in str(plain)
+    assert "NewGELU" not in str(lm)
+    torch.testing.assert_close(lm(input_ids=ids).logits, plain(input_ids=ids).logits, atol=1e-5, rtol=1e-5)

@@ -26,8 +26,8 @@ FIXED = {"K": 4, "T": 64, "V": 8000}
 
 
 def step(folder: str, latents: int, length: int, vocab: int, chunk: int | None) -> Callable[[], None]:
-    """Return a training step of one example pair without Lightning around it, baseline known."""
-    source = artifact(folder, "gpt2", 64, 2, vocab)
+    """Return a hand-written training step of two examples, baseline known."""
+    source = artifact(folder, "gpt2", 256, 4, vocab)
     module = build(SharedDiscreteCVAE, source, latents, num_latent_chunk=chunk)
     batch = module.template.collate(Sentences(32, length, 2, vocab).all)
     costs = frozen_costs(module, batch)

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
+from transformers.activations import NewGELUActivation
 
 from cvae_lightning import losses as terms
 from cvae_lightning.backbones.artifact import Baseline, save_artifact
@@ -103,8 +104,16 @@ def elbo_losses() -> dict[str, LossCallback | None]:
 class NaiveCVAE(SharedDiscreteCVAE):
     """The same objective as one writes it first.
 
-    K full sequences with logits at all positions, a router pass and a baseline pass of their own in every step.
+    K full sequences with logits at all positions, a router pass and a baseline pass of their own in every step, all by
+    Hugging Face's model as it is.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for part in [*self.lm.modules(), *self.posterior_network.modules(), *self.reference().modules()]:
+            for name, child in part.named_children():
+                if isinstance(child, torch.nn.GELU):
+                    setattr(part, name, NewGELUActivation())
 
     def compute_outputs(self, batch: PairBatch, fields: frozenset[str]) -> DiscreteOutputs:
         """Return the same outputs by the plain forward of the Hugging Face model."""

@@ -287,7 +287,9 @@ def test_use(artifact):
     assert model.generate([], torch.zeros(2)) == []
     rows = model.predict_step(batch_of(model), 0)
     assert [row["x"] for row in rows] == xs
-    assert rows[0]["z"] == [0.0, 0.0]
+    assert rows[0]["router_mean"] == [0.0, 0.0]
+    assert [row["y"] for row in rows] == model.generate(xs, torch.tensor([row["z"] for row in rows]))
+    assert rows[1] == model.predict_step(batch_of(model, RECORDS[1:2]), 0)[0]  # whatever stands beside it
     with pytest.raises(ValueError, match=r"z must have shape \[5, 2\]"):
         model.generate(xs, torch.zeros(5, 3))
     with pytest.raises(ValueError, match="'router' or 'mean'"):

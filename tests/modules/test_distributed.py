@@ -277,7 +277,7 @@ def test_two_processes_resume_in_the_middle_of_gradient_accumulation(tmp_path):
             tmp_path / f"{name}.pt",
             2,
             callbacks,
-            **QUIET | options | {"enable_checkpointing": True},
+            **QUIET | options | {"enable_checkpointing": True, "default_root_dir": tmp_path},
             **more,
         )
 

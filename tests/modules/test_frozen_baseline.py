@@ -5,12 +5,15 @@ import torch
 from lightning import Trainer, seed_everything
 from tiny import tiny_artifact
 
-from cvae_lightning.backbones.causal_lm import decoder_of
+from cvae_lightning.backbones.baseline_cache import HEADER, ROW, BaselineCache
+from cvae_lightning.backbones.causal_lm import decoder_of, load_tokenizer
 from cvae_lightning.data import SyntheticDataModule
 from cvae_lightning.data.tasks import MultidigitAddition
+from cvae_lightning.functional import latent_head
 from cvae_lightning.losses import ReconstructionLoss, TokenWeightedReconstructionLoss
 from cvae_lightning.modules import SharedDiscreteCVAE
 from cvae_lightning.modules import base as module_base
+from cvae_lightning.template import PromptTemplate
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,7 @@ def data(size=22):
     return SyntheticDataModule(MultidigitAddition(), train_size=size, val_size=5, test_size=3, batch_size=4)
 
 
-def fit(artifact, root, epochs=3, module=None, ckpt=None, **options):
+def fit(artifact, root, epochs=3, module=None, devices=1, strategy="auto", **options):
     seed_everything(3)
     options.setdefault("baseline_cache", str(root / "baseline_cache"))
     if module is None:
@@ -41,12 +44,14 @@ def fit(artifact, root, epochs=3, module=None, ckpt=None, **options):
         default_root_dir=root,
         max_epochs=epochs,
         accelerator="cpu",
+        devices=devices,
+        strategy=strategy,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
     )
-    trainer.fit(module, datamodule=data(), ckpt_path=ckpt)
+    trainer.fit(module, datamodule=data())
     return module, trainer
 
 
@@ -105,8 +110,8 @@ def test_other_data_template_or_model_is_another_cache(artifact, tmp_path):
         assert hasattr(module, "runs") == (i == 0)  # the side of padding is no matter of the tokens
 
 
-def test_backbone_reads_every_prefix_once(artifact):
-    """W1: tokens read by the backbone and rows of the head, counted."""
+def test_work_of_a_step_is_what_the_shared_prefix_needs(artifact, monkeypatch):
+    """Tokens read by the backbone and rows of the head, counted."""
     torch.manual_seed(0)
     module = SharedDiscreteCVAE(artifact, {"reconstruction_loss": ReconstructionLoss()}, num_latents=5)
     datamodule = data()
@@ -114,10 +119,31 @@ def test_backbone_reads_every_prefix_once(artifact):
     batch = next(iter(datamodule.val_dataloader()))
     module.eval()
     module._step(batch, "train")  # the one-time check of the branch method
-    tokens = []
+    tokens, rows, head = [], [], latent_head._plain_head
     decoder_of(module.lm).register_forward_pre_hook(
         lambda m, a, k: tokens.append(k["input_ids"].numel()), with_kwargs=True
     )
+    monkeypatch.setattr(latent_head, "_plain_head", lambda r, *a: (rows.append(r.shape[:2].numel()), head(r, *a))[1])
     module._step(batch, "train")
     (size, width), length = batch.prefix_ids.shape, batch.y_ids.shape[1]
     assert sum(tokens) == size * (width + 1) + size * 5 * (length + 2)  # <z>; z_k </z> <y> y without its last token
+    assert rows == [5 * int(batch.y_mask.sum())]  # supervised positions alone
+    assert not module._reference
+
+
+def test_ranks_share_the_work_and_the_result(artifact, tmp_path):
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    fit(artifact, alone, epochs=2, posterior="amortized")
+    fit(artifact, both, epochs=2, devices=2, strategy="ddp_fork", posterior="amortized")
+    caches = {}
+    for root in (alone, both):
+        (folder,) = (root / "baseline_cache").glob("train-*")
+        assert len(list(folder.iterdir())) == (1 if root == alone else 2)
+        caches[root] = BaselineCache(folder, folder.name.removeprefix("train-"), 22)
+        assert caches[root].missing(range(22)) == []
+    template = PromptTemplate(load_tokenizer(artifact))
+    batch = template.collate([data().records("train")[i] for i in range(22)])
+    rows = [cache.rows(batch.index, batch.y_mask, lambda: pytest.fail("not cached")) for cache in caches.values()]
+    torch.testing.assert_close(*rows, atol=1e-5, rtol=1e-5)
+    written = sum(len(f.read_bytes()) for f in folder.iterdir())
+    assert written == 2 * HEADER.size + 22 * ROW.size + 4 * int(batch.y_mask.sum())  # no record twice
