@@ -65,6 +65,7 @@ class FrozenBaseline:
             return
         trainer: Any = module.trainer
         loader = trainer.train_dataloader
+        trainer.strategy.barrier("every rank has written the rows of its batches")
         missing = cache.missing(_indices(loader.dataset))
         if not 0 < len(missing) < loader.batch_size * trainer.world_size:
             return
@@ -74,6 +75,8 @@ class FrozenBaseline:
             batch = module.template.collate(mine).to(module.device)
             with torch.no_grad():
                 cache.rows(batch.index, batch.y_mask, lambda: module.free_token_nll(module.reference(), batch))
+        trainer.strategy.barrier("every rank has written its share")
+        cache.refresh()
 
     def done(self, module: CVAEModule) -> bool:
         """Return whether all splits in use are cached, or nothing was computed since the last call."""
