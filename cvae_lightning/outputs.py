@@ -93,21 +93,21 @@ class DiscreteOutputs(_TensorFields):
     Shape:
         router_log_probs: [B, K] log p(z_k|x).
         posterior_log_probs: [B, K] log q(z_k|x,y) that weighs the objective, exact or amortized.
-        amortized_log_probs: [B, K] log q_xi(z_k|x,y) from the posterior network.
         token_nll: [B, K, T] -log p(y_t|x,z_k,y_<t), 0 where masked.
         y_mask: [B, T] bool, True counts.
-        c_base: [] mean NLL per token of the entangled model on the validation split; None if unknown.
         temperature: [] beta of the exact posterior q* ~ p(z|x) exp(-sum_t nll_t / beta).
+        amortized_log_probs: [B, K] log q_xi(z_k|x,y) from the posterior network.
+        c_base: [] mean NLL per token of the entangled model on the validation split; None if unknown.
         baseline_nll: [B, T] -log p_ref(y_t|x,y_<t), detached.
         inter_latent_jsd: [B, T] JSD of the K next-token distributions.
     """
 
     router_log_probs: Tensor
     posterior_log_probs: Tensor
-    amortized_log_probs: Tensor
     token_nll: Tensor
     y_mask: Tensor
     temperature: Tensor
+    amortized_log_probs: Tensor | None = None
     c_base: Tensor | None = None
     baseline_nll: Tensor | None = None
     inter_latent_jsd: Tensor | None = None

@@ -112,7 +112,5 @@ def _finish(seconds: float) -> None:
     path = FOLDER / "summary.json"
     summary = json.loads(path.read_text(encoding="utf-8")) | {"seconds": round(seconds, 1)}
     _write_json(path, summary)
-    print(f"\n{path}")
-    for key, value in summary.items():
-        print(f"  {key:34} {value:.4g}" if isinstance(value, float) else f"  {key:34} {value}")
-    print(f"\nLook at the curves and figures:\n$ tensorboard --logdir {FOLDER}")
+    print(f"\nThe table above is also in {path} ({seconds:.0f} s in all).")
+    print(f"Look at the curves and figures:\n$ tensorboard --logdir {FOLDER}")

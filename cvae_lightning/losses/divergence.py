@@ -130,11 +130,13 @@ class PosteriorDistillationLoss(LossCallback):
         ValueError: for a continuous posterior that is estimated without importance weights.
     """
 
+    requires: ClassVar[frozenset[str]] = frozenset({"amortized_log_probs"})
+
     def forward(self, outputs: DiscreteOutputs | ContinuousOutputs) -> Tensor:
         """Return the cross-entropy, [B]."""
         if isinstance(outputs, DiscreteOutputs):
             target = outputs.posterior_log_probs.detach().exp()
-            return -(target * outputs.amortized_log_probs).sum(-1)
+            return -(target * require(outputs, "amortized_log_probs")).sum(-1)
         if outputs.sample_log_weights is None:
             raise ValueError("PosteriorDistillationLoss needs weighted samples: set model.posterior to importance")
         target = outputs.sample_log_weights.detach().softmax(-1)

@@ -63,7 +63,7 @@ class DiscreteMetrics(nn.Module):
         """
         sequence_nll, router = outputs.sequence_nll, outputs.router_log_probs
         log_evidence = log_marginal_likelihood(router, sequence_nll)
-        q = outputs.amortized_log_probs
+        q = outputs.posterior_log_probs if outputs.amortized_log_probs is None else outputs.amortized_log_probs
         elbo = -(q.exp() * sequence_nll).sum(-1) - categorical_kl(q, router)
         tokens = outputs.y_mask.sum(-1)
         baseline = None if outputs.baseline_nll is None else outputs.baseline_nll.sum(-1)
@@ -77,7 +77,8 @@ class DiscreteMetrics(nn.Module):
         self.means.update(scalars, weight=len(tokens))
         if self.alignment is not None and self.alignment_amortized is not None:
             self.alignment.update(outputs.posterior_log_probs.argmax(-1), strategy)
-            self.alignment_amortized.update(q.argmax(-1), strategy)
+            if outputs.amortized_log_probs is not None:
+                self.alignment_amortized.update(q.argmax(-1), strategy)
 
     def compute_and_reset(self, c_base: float | None) -> dict[str, Tensor]:
         """Return the epoch's metrics by log key, without stage, and start anew."""
@@ -95,7 +96,7 @@ class DiscreteMetrics(nn.Module):
             "diagnostics/dead_latents": usage["dead_latents"],
         }
         for prefix, metric in (("alignment", self.alignment), ("alignment_amortized", self.alignment_amortized)):
-            if metric is not None:
+            if metric is not None and metric.update_called:
                 scores = metric.compute()
                 if int(scores["num_labelled"]):
                     result |= {f"{prefix}/{key}": scores[key] for key in ALIGNMENT_KEYS}

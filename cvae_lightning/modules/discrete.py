@@ -115,6 +115,12 @@ class SharedDiscreteCVAE(CVAEModule):
         self.posterior_network = PosteriorNetwork(deepcopy(self.lm), num_latents, pooling)
         self.metrics = DiscreteMetrics(num_latents)
 
+    @property
+    def uses_posterior_network(self) -> bool:
+        """Whether the posterior network weighs the objective or some loss reads it; otherwise it is not run."""
+        asked = (loss.requires for _, loss in self._named_losses())
+        return self.posterior_kind == "amortized" or any("amortized_log_probs" in fields for fields in asked)
+
     def _prepare_latent_rows(self, std: float) -> None:
         known = self.lm.get_input_embeddings().weight.shape[0]
         add_token_rows(self.lm, len(self.template), std)
@@ -131,7 +137,7 @@ class SharedDiscreteCVAE(CVAEModule):
         branches = self.encode(batch)
         router_log_probs = self.router(branches)
         token_nll, inter_latent_jsd = self.generator(branches, batch, "inter_latent_jsd" in fields)
-        amortized_log_probs = self.amortized_posterior(batch)
+        amortized_log_probs = self.amortized_posterior(batch) if self.uses_posterior_network else None
         posterior_log_probs = self.posterior(batch, router_log_probs, token_nll, amortized_log_probs)
         return DiscreteOutputs(
             router_log_probs=router_log_probs,
@@ -172,7 +178,7 @@ class SharedDiscreteCVAE(CVAEModule):
         return self.posterior_network(*self._z_free(batch)).log_softmax(-1)
 
     def posterior(
-        self, batch: PairBatch, router_log_probs: Tensor, token_nll: Tensor, amortized_log_probs: Tensor
+        self, batch: PairBatch, router_log_probs: Tensor, token_nll: Tensor, amortized_log_probs: Tensor | None
     ) -> Tensor:
         """Return log q(z_k|x,y), [B, K], that weighs the objective.
 
@@ -180,6 +186,7 @@ class SharedDiscreteCVAE(CVAEModule):
         arXiv 1902.07816), and its gradient from the pass at hand.
         """
         if self.posterior_kind == "amortized":
+            assert amortized_log_probs is not None
             return amortized_log_probs
         log_q = exact_posterior(router_log_probs, token_nll.sum(-1), self.posterior_temperature)
         if not (self.lm.training and has_dropout(self.lm)):
@@ -195,8 +202,9 @@ class SharedDiscreteCVAE(CVAEModule):
     # Metrics.
 
     def setup(self, stage: str) -> None:
-        """Size the alignment table by the data's strategies."""
+        """Size the alignment table by the data's strategies; leave a posterior network that nothing trains alone."""
         super().setup(stage)
+        self.posterior_network.requires_grad_(self.uses_posterior_network)
         names = getattr(getattr(self.trainer, "datamodule", None), "strategy_names", None) or []
         self.metrics.set_strategies(len(names))
 
@@ -212,7 +220,7 @@ class SharedDiscreteCVAE(CVAEModule):
         router, posterior = (usage[f"aggregate_{part}"].float().log()[None] for part in ("router", "posterior"))
         none = router.new_zeros(1, self.num_latents, 0)
         temperature = router.new_tensor(self.posterior_temperature)
-        return DiscreteOutputs(router, posterior, posterior, none, none[:, 0].bool(), temperature)
+        return DiscreteOutputs(router, posterior, none, none[:, 0].bool(), temperature)
 
     def compute_metrics(self) -> dict[str, Tensor]:
         """Return the metrics of the split by log key."""

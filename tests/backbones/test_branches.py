@@ -5,7 +5,7 @@ import torch
 from tiny import CONFIGS, RECORDS, tiny_artifact
 
 from cvae_lightning.backbones.branches import run_branches
-from cvae_lightning.losses import ReconstructionLoss
+from cvae_lightning.losses import PosteriorDistillationLoss, ReconstructionLoss
 from cvae_lightning.modules import SharedDiscreteCVAE
 
 
@@ -16,7 +16,8 @@ def artifact(request, tmp_path_factory):
 
 def module(artifact, **options):
     torch.manual_seed(1)
-    return SharedDiscreteCVAE(artifact, {"reconstruction_loss": ReconstructionLoss()}, num_latents=3, **options)
+    losses = {"reconstruction_loss": ReconstructionLoss(), "distillation": PosteriorDistillationLoss()}
+    return SharedDiscreteCVAE(artifact, losses, num_latents=3, **options)
 
 
 def oracle(model, record):

@@ -90,6 +90,18 @@ def test_only_what_a_loss_asks_for_is_computed(artifact):
     assert not model._reference  # the entangled model was not even loaded
 
 
+def test_a_posterior_network_that_nothing_reads_is_neither_run_nor_trained(artifact):
+    model = build(artifact, {"free_energy_loss": losses_.FreeEnergyLoss()})
+    model.posterior_network.forward = lambda *a: pytest.fail("it was run")
+    trainer = fit(model)
+    assert not [p for p in model.posterior_network.parameters() if p.requires_grad]
+    optimized = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert trained == {id(p) for p in optimized}
+    assert float(trainer.callback_metrics["val/elbo"]) < 0
+    assert "val/alignment_amortized/one_to_one" not in trainer.callback_metrics
+
+
 def test_permuting_latents_permutes_outputs(artifact):
     model = build(artifact)
     before = everything(model)
