@@ -6,6 +6,7 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
+from cvae_lightning import losses as losses_
 from cvae_lightning.backbones.artifact import Baseline, save_artifact
 from cvae_lightning.backbones.causal_lm import build_causal_lm
 from cvae_lightning.backbones.tokenizer import build_tokenizer
@@ -34,6 +35,16 @@ CONFIGS = {
         "tie_word_embeddings": False,
     },
 }
+
+QUIET = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "accelerator": "cpu",
+    "num_sanity_val_steps": 0,
+}
+"""Options of a Trainer that writes nothing."""
 
 RECORDS = [
     Record("12", "21=3", 0, 0),
@@ -70,6 +81,23 @@ def tiny_artifact(folder, family="llama", seed=0, c_base=1.5, **baseline):
     values = {"num_tokens": 10, "data": "tiny-val", "template": template.fingerprint(), **baseline}
     save_artifact(folder, lm, template.tokenizer, Baseline(c_base=c_base, **values))
     return str(folder)
+
+
+def all_losses():
+    """Every term, each with its own weight, one of them diagnostic only."""
+    return {
+        "reconstruction_loss": losses_.ReconstructionLoss(0.5),
+        "baseline_normalized_reconstruction_loss": losses_.BaselineNormalizedReconstructionLoss(0.5),
+        "token_weighted_reconstruction_loss": losses_.TokenWeightedReconstructionLoss(1.0),
+        "free_energy_loss": losses_.FreeEnergyLoss(1.0),
+        "posterior_distillation_loss": losses_.PosteriorDistillationLoss(0.1),
+        "kl_prior_loss": losses_.PriorKLLoss(0.0),
+        "inter_latent_divergence_loss": losses_.InterLatentDivergenceLoss(0.3),
+        "router_marginal_kl_to_prior_loss": losses_.RouterMarginalKLLoss(0.1),
+        "aggregate_posterior_balance_loss": losses_.AggregatePosteriorBalanceLoss(1.0),
+        "posterior_entropy_loss": losses_.PosteriorEntropyLoss(-0.01),
+        "router_support_loss": losses_.RouterSupportLoss(0.1),
+    }
 
 
 class TinyData(LightningDataModule):

@@ -8,19 +8,10 @@ import sys
 import lightning as L
 import pytest
 import torch
-from tiny import RECORDS, TinyData, tiny_artifact
+from tiny import QUIET, RECORDS, TinyData, tiny_artifact
 
 from cvae_lightning import losses as losses_
 from cvae_lightning.modules import ContinuousCVAE
-
-QUIET = {
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "accelerator": "cpu",
-    "num_sanity_val_steps": 0,
-}
 
 
 def all_losses(posterior="importance"):

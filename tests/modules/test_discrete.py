@@ -8,37 +8,12 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from tiny import RECORDS, TinyData, tiny_artifact
+from tiny import QUIET, RECORDS, TinyData, all_losses, tiny_artifact
 from torch import Tensor
 
 from cvae_lightning import losses as losses_
 from cvae_lightning.losses import LossCallback
 from cvae_lightning.modules import SharedDiscreteCVAE
-
-QUIET = {
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "accelerator": "cpu",
-    "num_sanity_val_steps": 0,
-}
-
-
-def all_losses():
-    return {
-        "reconstruction_loss": losses_.ReconstructionLoss(0.5),
-        "baseline_normalized_reconstruction_loss": losses_.BaselineNormalizedReconstructionLoss(0.5),
-        "token_weighted_reconstruction_loss": losses_.TokenWeightedReconstructionLoss(1.0),
-        "free_energy_loss": losses_.FreeEnergyLoss(1.0),
-        "posterior_distillation_loss": losses_.PosteriorDistillationLoss(0.1),
-        "kl_prior_loss": losses_.PriorKLLoss(0.0),
-        "inter_latent_divergence_loss": losses_.InterLatentDivergenceLoss(0.3),
-        "router_marginal_kl_to_prior_loss": losses_.RouterMarginalKLLoss(0.1),
-        "aggregate_posterior_balance_loss": losses_.AggregatePosteriorBalanceLoss(1.0),
-        "posterior_entropy_loss": losses_.PosteriorEntropyLoss(-0.01),
-        "router_support_loss": losses_.RouterSupportLoss(0.1),
-    }
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from processes import run_in_processes
-from tiny import CONFIGS, RECORDS, tiny_artifact
+from tiny import CONFIGS, QUIET, RECORDS, all_losses, tiny_artifact
 from torch.nn.parallel import DistributedDataParallel
 
 from cvae_lightning import losses as losses_
@@ -21,32 +21,7 @@ from cvae_lightning.modules import EntangledLM, SharedDiscreteCVAE
 from cvae_lightning.template import PromptTemplate
 
 SHARDS = (slice(0, 4), slice(4, None))  # four records here, one there, of other lengths
-QUIET = {
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "accelerator": "cpu",
-    "num_sanity_val_steps": 0,
-}
 pytestmark = pytest.mark.filterwarnings("ignore:.*fingerprint.*")
-
-
-def all_losses():
-    """Every term, each with its own weight, one of them diagnostic only."""
-    return {
-        "reconstruction_loss": losses_.ReconstructionLoss(0.5),
-        "baseline_normalized_reconstruction_loss": losses_.BaselineNormalizedReconstructionLoss(0.5),
-        "token_weighted_reconstruction_loss": losses_.TokenWeightedReconstructionLoss(1.0),
-        "free_energy_loss": losses_.FreeEnergyLoss(1.0),
-        "posterior_distillation_loss": losses_.PosteriorDistillationLoss(0.1),
-        "kl_prior_loss": losses_.PriorKLLoss(0.0),
-        "inter_latent_divergence_loss": losses_.InterLatentDivergenceLoss(0.3),
-        "router_marginal_kl_to_prior_loss": losses_.RouterMarginalKLLoss(0.1),
-        "aggregate_posterior_balance_loss": losses_.AggregatePosteriorBalanceLoss(1.0),
-        "posterior_entropy_loss": losses_.PosteriorEntropyLoss(-0.01),
-        "router_support_loss": losses_.RouterSupportLoss(0.1),
-    }
 
 
 BATCH_STATISTICS = ("router_marginal_kl_to_prior_loss", "aggregate_posterior_balance_loss")
