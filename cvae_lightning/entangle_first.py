@@ -29,7 +29,8 @@ def train_entangled_first(recipe: str, config: dict[str, Any]) -> None:
         config: the configuration of the run that needs it, as plain data; its data settings are handed on.
 
     Raises:
-        ValueError: if the training fails, or if several processes would train it at once.
+        ValueError: if several processes would train it at once.
+        SystemExit: with the exit code of the training, if it fails.
     """
     path = Path(recipe) if Path(recipe).is_file() else find_recipe(recipe)
     folder = (read_config(path).get("model") or {}).get("init_args", {}).get("output_dir")
@@ -51,7 +52,8 @@ def train_entangled_first(recipe: str, config: dict[str, Any]) -> None:
     )
     code = subprocess.run([*program(), *words], check=False).returncode
     if code:
-        raise ValueError(f"training the entangled model ended with exit code {code}; its message is above")
+        shared.unlink()
+        raise SystemExit(code if code > 0 else 128 - code)  # its message is printed already
 
 
 def overrides(config: dict[str, Any]) -> dict[str, Any]:

@@ -53,10 +53,12 @@ def test_a_model_that_the_user_names_is_left_alone(here, entangled):
     assert not Path("calls.txt").exists()
 
 
-def test_failure_is_reported(here):
+def test_failure_ends_the_run_with_its_exit_code_and_leaves_nothing(here):
     Path("fail").touch()
-    with pytest.raises(ValueError, match="exit code 5"):
+    with pytest.raises(SystemExit) as stop:
         train_entangled_first("base.yaml", CONFIG)
+    assert stop.value.code == 5
+    assert not Path("runs/cvae/entangled_overrides.yaml").exists()
 
 
 def test_several_processes_do_not_train_it_at_once(here, monkeypatch):
