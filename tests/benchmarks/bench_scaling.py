@@ -16,6 +16,7 @@ from cvae_lightning.modules import SharedDiscreteCVAE
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 AXES: dict[str, dict[str, Any]] = {
     "K": {"values": (2, 4, 8, 16, 32, 64), "time": 1.05, "memory": 0.1, "chunk": 2},
@@ -80,6 +81,11 @@ def draw(curves: dict[str, tuple[Any, list[float], list[float]]]) -> None:
         for row, (what, unit) in enumerate((("step time", "s"), ("extra memory", "MB"))):
             panel, y = panels[row][column], measured[row]
             panel.loglog(values, y, "o-")
+            panel.set_xticks(values, [f"{value / 1000:g}k" if value >= 1000 else f"{value:g}" for value in values])
+            panel.xaxis.set_minor_locator(NullLocator())
+            panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            panel.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            panel.tick_params(labelsize=8)
             panel.set_xlabel(axis)
             panel.set_ylabel(f"{what} [{unit}]")
             panel.set_title(f"exponent {exponent(list(values), y):.2f}", fontsize=9)
