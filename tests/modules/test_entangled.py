@@ -6,7 +6,7 @@ import warnings
 import lightning as L
 import pytest
 import torch
-from tiny import CONFIGS, RECORDS, TinyData, tiny_artifact, tiny_lm, tiny_tokenizer
+from tiny import CONFIGS, QUIET, RECORDS, TinyData, tiny_artifact, tiny_lm, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cvae_lightning.backbones.artifact import Baseline
@@ -14,15 +14,6 @@ from cvae_lightning.losses import FreeEnergyLoss
 from cvae_lightning.modules import EntangledLM, SharedDiscreteCVAE
 from cvae_lightning.outputs import Record
 from cvae_lightning.template import PromptTemplate
-
-QUIET = {
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "accelerator": "cpu",
-    "num_sanity_val_steps": 0,
-}
 
 
 def trainer(**options):
