@@ -112,5 +112,5 @@ def _finish(seconds: float) -> None:
     path = FOLDER / "summary.json"
     summary = json.loads(path.read_text(encoding="utf-8")) | {"seconds": round(seconds, 1)}
     _write_json(path, summary)
-    print(f"\nThe table above is also in {path} ({seconds:.0f} s in all).")
+    print(f"\nThe figures are in {path} ({seconds:.0f} s in all).")
     print(f"Look at the curves and figures:\n$ tensorboard --logdir {FOLDER}")
