@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from cvae_lightning.backbones.branch_inputs import BranchInputs, BranchOutput
+from cvae_lightning.backbones.causal_lm import evaluating
 from cvae_lightning.backbones.grouped_attention import supports_grouped
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -65,7 +65,7 @@ def _agrees(lm: Any, inputs: BranchInputs, methods: Mapping[str, Any], name: str
     rows = torch.stack([lengths.argmax(), lengths.argmin()])
     part = inputs.rows(rows).latents(slice(2))
     implementation = lm.config._attn_implementation
-    with _still(lm), torch.no_grad(), torch.autocast(part.prefix_ids.device.type, enabled=False):
+    with evaluating(lm), torch.no_grad(), torch.autocast(part.prefix_ids.device.type, enabled=False):
         expected = methods["repeat"](lm, part)
         try:
             found = methods[name](lm, part)
@@ -85,15 +85,3 @@ def _agrees(lm: Any, inputs: BranchInputs, methods: Mapping[str, Any], name: str
         lm.set_attn_implementation(implementation)
     warnings.warn(f"{type(lm).__name__} does not work with branch_method={name}: {reason}", stacklevel=2)
     return False
-
-
-@contextlib.contextmanager
-def _still(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and every part's own mode afterwards."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training

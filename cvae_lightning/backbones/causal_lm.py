@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,3 +190,15 @@ def read_hidden(decoder: Any, ids: Tensor, mask: Tensor, offset: Tensor | None =
         positions = positions + offset
     output = decoder(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False)
     return output.last_hidden_state
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and every part's own mode afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training

@@ -12,10 +12,9 @@ from torch import Tensor
 from cvae_lightning.callbacks.epoch_results import metric_result
 from cvae_lightning.callbacks.evaluation import StrategyEvaluation
 from cvae_lightning.metrics import StrategyAlignment
+from cvae_lightning.metrics.discrete import ALIGNMENT_KEYS
 from cvae_lightning.metrics.probe import Clusterer, Clusters, cluster, linear_probe_accuracy
 from cvae_lightning.outputs import Record
-
-ALIGNMENT_KEYS = ("one_to_one", "ami", "nmi", "homogeneity", "purity")
 
 
 class ContinuousEvaluation(StrategyEvaluation):

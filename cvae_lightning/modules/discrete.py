@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cvae_lightning.backbones.branches import BranchMethod, BranchOutput, run_branches
-from cvae_lightning.backbones.causal_lm import add_token_rows, fill_rows, has_dropout, head_of
+from cvae_lightning.backbones.causal_lm import add_token_rows, evaluating, fill_rows, has_dropout, head_of
 from cvae_lightning.backbones.posterior import Pooling, PosteriorNetwork
 from cvae_lightning.functional import exact_posterior
 from cvae_lightning.losses import LossCallback
@@ -191,12 +191,10 @@ class SharedDiscreteCVAE(CVAEModule):
         log_q = exact_posterior(router_log_probs, token_nll.sum(-1), self.posterior_temperature)
         if not (self.lm.training and has_dropout(self.lm)):
             return log_q
-        with torch.no_grad():
-            self.lm.eval()
+        with torch.no_grad(), evaluating(self.lm):
             branches = self.encode(batch)
             clean_nll, _ = self.generator(branches, batch, need_jsd=False)
             clean = exact_posterior(self.router(branches), clean_nll.sum(-1), self.posterior_temperature)
-            self.lm.train()
         return log_q + (clean - log_q.detach())
 
     # Metrics.
@@ -231,13 +229,11 @@ class SharedDiscreteCVAE(CVAEModule):
     @torch.no_grad()
     def route(self, x: Sequence[str]) -> Tensor:
         """Return log p(z_k|x) for texts x, [len(x), K], on the CPU."""
-        training = self.training
-        self.eval()
         ids, mask = (t.to(self.device) for t in self.template.prefixes(x))
         z = torch.full_like(ids[:, :1], self.template.marker_ids["<z>"])
         ids, mask = torch.cat([ids, z], -1), torch.cat([mask, torch.ones_like(mask[:, :1])], -1)
-        hidden = run_branches(self.lm, ids, mask, ids[:, None, :0], mask[:, :0], "repeat").router_hidden
-        self.train(training)
+        with evaluating(self):
+            hidden = run_branches(self.lm, ids, mask, ids[:, None, :0], mask[:, :0], "repeat").router_hidden
         return self.router(BranchOutput(hidden[:, None, None], hidden)).cpu()
 
     def generate(

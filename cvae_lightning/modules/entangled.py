@@ -14,7 +14,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cvae_lightning.backbones.artifact import Baseline, save_artifact
-from cvae_lightning.backbones.causal_lm import add_token_rows, build_causal_lm, load_causal_lm, load_tokenizer
+from cvae_lightning.backbones.causal_lm import (
+    add_token_rows,
+    build_causal_lm,
+    evaluating,
+    load_causal_lm,
+    load_tokenizer,
+)
 from cvae_lightning.backbones.tokenizer import build_tokenizer
 from cvae_lightning.functional import global_batch_mean
 from cvae_lightning.metrics import ReconstructionRatio
@@ -200,14 +206,13 @@ def measure_baseline(module: LanguageModule, lm: Any, loader: Any) -> tuple[floa
     """
     if not loader:
         raise ValueError("c_base is measured on the validation split, and there is none: give the data module one")
-    training = lm.training
-    lm.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=module.device)  # nats, tokens
-    for batch in tqdm(loader, desc="measuring the entangled model", disable=module.global_rank != 0, leave=False):
-        batch = batch.to(module.device)
-        module.check_positions(batch)
-        sums += torch.stack([module.free_token_nll(lm, batch).double().sum(), batch.y_mask.sum().double()])
-    lm.train(training)
+    progress = tqdm(loader, desc="measuring the entangled model", disable=module.global_rank != 0, leave=False)
+    with evaluating(lm):
+        for batch in progress:
+            batch = batch.to(module.device)
+            module.check_positions(batch)
+            sums += torch.stack([module.free_token_nll(lm, batch).double().sum(), batch.y_mask.sum().double()])
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(sums)
     tokens = int(sums[1])

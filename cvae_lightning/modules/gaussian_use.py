@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from cvae_lightning.backbones.causal_lm import evaluating
 from cvae_lightning.backbones.conditioning import LatentNorms, LatentPrefix
 from cvae_lightning.modules.base import CVAEModule
 from cvae_lightning.outputs import PairBatch, Record
@@ -42,7 +43,7 @@ class GaussianUse(CVAEModule):
     def route(self, x: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance of p(z|x) for texts x, [len(x), D] each, on the CPU."""
         batch = self.template.collate([Record(text, "") for text in x]).to(self.device)
-        with _evaluating(self):
+        with evaluating(self):
             mean, logvar = self.router(self.read_prompt(batch))
         return mean.cpu(), logvar.cpu()
 
@@ -50,7 +51,7 @@ class GaussianUse(CVAEModule):
     def infer(self, x: Sequence[str], y: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance of q(z|x,y) for solved problems, [len(x), D] each, on the CPU."""
         batch = self.template.collate([Record(*pair) for pair in zip(x, y, strict=True)]).to(self.device)
-        with _evaluating(self):
+        with evaluating(self):
             mean, logvar = self.posterior(batch)
         return mean.cpu(), logvar.cpu()
 
@@ -113,13 +114,3 @@ class GaussianUse(CVAEModule):
             | {"y": y}
             for n, (i, a, y) in enumerate(rows)
         ]
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)

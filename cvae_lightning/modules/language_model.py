@@ -15,7 +15,14 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from cvae_lightning.backbones.causal_lm import build_causal_lm, decoder_of, head_of, load_tokenizer, read_hidden
+from cvae_lightning.backbones.causal_lm import (
+    build_causal_lm,
+    decoder_of,
+    evaluating,
+    head_of,
+    load_tokenizer,
+    read_hidden,
+)
 from cvae_lightning.functional import latent_token_stats
 from cvae_lightning.outputs import PairBatch
 from cvae_lightning.spec import HasSpec, to_plain
@@ -107,9 +114,7 @@ class LanguageModule(HasSpec, L.LightningModule):
         m = self.template.marker_ids
         banned = torch.tensor([m[t] for t in m if t != "</y>"] + self.template.latent_ids, device=self.device)
         texts: list[str] = []
-        training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             size = batch_size if branches is None else max(1, batch_size // len(branches))
             for start in range(0, len(xs), size):
                 rows = slice(start, start + size)
@@ -131,8 +136,6 @@ class LanguageModule(HasSpec, L.LightningModule):
                     **options,
                 )
                 texts += self.template.decode(produced.cpu())
-        finally:
-            self.train(training)
         return texts
 
     @classmethod
