@@ -15,9 +15,9 @@ MARKERS = ("<x>", "</x>", "<z>", "</z>", "<y>", "</y>")
 """Special tokens that delimit the segments."""
 
 
-def latent_token(k: int) -> str:
-    """Return the text of latent token ``k``."""
-    return f"<z_{k}>"
+def latent_token(k: int, part: int = 0) -> str:
+    """Return the text of latent token ``k``, or of a further ``part`` of it where a latent takes several tokens."""
+    return f"<z_{k}.{part}>" if part else f"<z_{k}>"
 
 
 class PromptTemplate:
@@ -29,18 +29,21 @@ class PromptTemplate:
         router      <bos> <x> x </x> <z>
         generator   <bos> <x> x </x> <z> z_k </z> <y> y </y> <eos>
 
-    Segments are tokenised apart, so spans are known by construction. ``<bos>`` and ``<eos>`` appear where the
-    tokenizer has them. The supervised tokens are y, ``</y>`` and ``<eos>``.
+    With ``prefix_length`` m > 1, m tokens ``z_k z_k.1 ... z_k.(m-1)`` stand in the place of ``z_k``; the first of them
+    is the one that routes. Segments are tokenised apart, so spans are known by construction. ``<bos>`` and ``<eos>``
+    appear where the tokenizer has them. The supervised tokens are y, ``</y>`` and ``<eos>``.
 
     Args:
         tokenizer: a Hugging Face fast tokenizer; markers and latent tokens that it lacks are added as special tokens.
-        num_latents: K latent tokens ``<z_0>`` ...; 0 for an entangled model.
+        num_latents: K latents ``<z_0>`` ...; 0 for an entangled model, or where a latent is a vector.
         max_length: longest generator prompt in tokens; None = unlimited.
         on_overflow: ``error`` raises for a longer record; ``skip`` lets the data module leave it out and count it.
         padding_side: side on which x prefixes are padded in a batch.
+        prefix_length: m, tokens (or vectors) in the latent slot.
 
     Raises:
-        ValueError: if ``num_latents`` is negative or ``max_length`` leaves no room for a record.
+        ValueError: if ``num_latents`` is negative, ``prefix_length`` is not positive, or ``max_length`` leaves no room
+            for a record.
     """
 
     def __init__(
@@ -50,12 +53,19 @@ class PromptTemplate:
         max_length: int | None = None,
         on_overflow: Literal["error", "skip"] = "error",
         padding_side: Literal["left", "right"] = "left",
+        prefix_length: int = 1,
     ) -> None:
         if num_latents < 0:
             raise ValueError(f"num_latents must be >= 0, got {num_latents}")
-        if max_length is not None and max_length < 10:
-            raise ValueError(f"max_length must be at least 10 tokens (markers alone take 8), got {max_length}")
-        latents = [latent_token(k) for k in range(num_latents)]
+        if prefix_length < 1:
+            raise ValueError(f"prefix_length must be at least 1, got {prefix_length}")
+        if max_length is not None and max_length < prefix_length + 9:
+            raise ValueError(
+                f"max_length must be at least {prefix_length + 9} tokens (markers and latent alone take "
+                f"{prefix_length + 7}), got {max_length}"
+            )
+        # the first of every latent before all others: their ids do not depend on prefix_length
+        latents = [latent_token(k, part) for part in range(prefix_length) for k in range(num_latents)]
         known = tokenizer.get_vocab()
         missing = [token for token in (*MARKERS, *latents) if token not in known]
         if missing:
@@ -64,12 +74,15 @@ class PromptTemplate:
             )
         self.tokenizer = tokenizer
         self.num_latents = num_latents
+        self.prefix_length = prefix_length
         self.max_length = max_length
         self.on_overflow = on_overflow
         self.padding_side = padding_side
         ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (*MARKERS, *latents)}
         self.marker_ids: dict[str, int] = {token: ids[token] for token in MARKERS}
-        self.latent_ids: list[int] = [ids[token] for token in latents]
+        self.latent_prefixes: list[list[int]] = [
+            [ids[latent_token(k, part)] for part in range(prefix_length)] for k in range(num_latents)
+        ]  # K rows of m ids
         self.bos: list[int] = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self.eos: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.pad_id: int = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
@@ -78,6 +91,21 @@ class PromptTemplate:
     def __len__(self) -> int:
         """Size of the vocabulary, markers and latents included."""
         return len(self.tokenizer)
+
+    @property
+    def latent_ids(self) -> list[int]:
+        """The K ids that route: the first token of every latent."""
+        return [row[0] for row in self.latent_prefixes]
+
+    @property
+    def all_latent_ids(self) -> list[int]:
+        """The K * m ids of all latent tokens, those that route first."""
+        return [row[part] for part in range(self.prefix_length) for row in self.latent_prefixes]
+
+    @property
+    def section_length(self) -> int:
+        """Number of tokens of the latent section ``<z> z_k </z> <y>``."""
+        return self.prefix_length + 3
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
@@ -91,8 +119,8 @@ class PromptTemplate:
         return [([*self.bos, m["<x>"], *x, m["</x>"]], [*y, m["</y>"], *self.eos]) for x, y in zip(xs, ys, strict=True)]
 
     def length(self, prefix: list[int], y_ids: list[int]) -> int:
-        """Return the number of tokens of the generator prompt, its latent section (4 tokens with ``<y>``) included."""
-        return len(prefix) + 4 + len(y_ids)
+        """Return the number of tokens of the generator prompt, its latent section with ``<y>`` included."""
+        return len(prefix) + self.section_length + len(y_ids)
 
     def overflows(self, records: Sequence[Record]) -> list[bool]:
         """Return which records are longer than ``max_length``."""

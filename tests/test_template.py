@@ -21,6 +21,22 @@ def test_prompts_are_those_of_the_design():
     assert template.tokenizer.convert_ids_to_tokens(template.latent_ids) == [latent_token(0), latent_token(1)]
 
 
+def test_further_tokens_of_a_latent_leave_the_first_as_they_are():
+    one, three = (PromptTemplate(tiny_tokenizer(), num_latents=2, prefix_length=m) for m in (1, 3))
+    assert one.latent_ids == three.latent_ids
+    assert one.latent_prefixes == [[i] for i in one.latent_ids]
+    assert [three.tokenizer.convert_ids_to_tokens(row) for row in three.latent_prefixes] == [
+        ["<z_0>", "<z_0.1>", "<z_0.2>"],
+        ["<z_1>", "<z_1.1>", "<z_1.2>"],
+    ]
+    assert three.all_latent_ids[:2] == three.latent_ids
+    assert sorted(three.all_latent_ids) == sorted(i for row in three.latent_prefixes for i in row)
+    assert len(three) == len(one) + 4
+    assert one.fingerprint() == three.fingerprint()
+    text = "1=1<z_1.1>"  # in a text it is text
+    assert not {*three.collate([Record("1", text)]).y_ids.flatten().tolist()} & {*three.all_latent_ids}
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_side(side):
     template = PromptTemplate(tiny_tokenizer(), padding_side=side)
@@ -70,6 +86,9 @@ def test_too_long_is_an_error_that_names_the_record_and_never_cuts():
     batch = template.collate([short])
     assert template.length([0] * 4, [0] * 5) == 13
     assert batch.y_ids[0, -2] == template.end_id
+    wider = PromptTemplate(tiny_tokenizer(), 2, max_length=14, prefix_length=3)
+    assert wider.length([0] * 4, [0] * 5) == 15
+    assert wider.overflows([short, long]) == [True, True]
 
 
 def test_special_tokens_are_added_once_and_survive_saving(tmp_path):
@@ -100,3 +119,5 @@ def test_bad_arguments():
         PromptTemplate(tiny_tokenizer(), -1)
     with pytest.raises(ValueError, match="max_length"):
         PromptTemplate(tiny_tokenizer(), 2, max_length=3)
+    with pytest.raises(ValueError, match="prefix_length must be at least 1, got 0"):
+        PromptTemplate(tiny_tokenizer(), 2, prefix_length=0)

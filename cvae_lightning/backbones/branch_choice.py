@@ -33,6 +33,8 @@ def choose_branch_method(
     chosen = _CHOSEN.setdefault(lm, {})
     if checkpointing not in chosen:
         candidates = candidate_methods(lm)
+        if inputs.norms is not None:  # they need a row per branch
+            candidates = [name for name in candidates if name != "grouped"]
         agreeing = (name for name in candidates if _agrees(lm, inputs, methods, name))
         chosen[checkpointing] = next(agreeing, "repeat")
         rank_zero_info(f"branches of {type(lm).__name__}: {chosen[checkpointing]}")

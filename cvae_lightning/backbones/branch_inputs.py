@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from cvae_lightning.backbones.conditioning import LatentNorms
 
 
 @dataclass(frozen=True)
@@ -30,20 +33,23 @@ class BranchInputs:
         prefix_ids, prefix_mask: [B, P]; bool mask, True counts; padded on the left.
         suffix: [B, K, S] token ids, or [B, K, S, D] input embeddings where a latent is a vector.
         suffix_mask: [B, S], shared by the branches, padded on the right.
+        z: [B, K, D], what conditions the ``norms`` of the model in every branch; None without norms.
     """
 
     prefix_ids: Tensor
     prefix_mask: Tensor
     suffix: Tensor
     suffix_mask: Tensor
+    norms: LatentNorms | None = None
+    z: Tensor | None = None
 
     @classmethod
-    def of(cls, prefix_ids: Tensor, prefix_mask: Tensor, suffix: Tensor, suffix_mask: Tensor) -> BranchInputs:
+    def of(cls, prefix_ids: Tensor, prefix_mask: Tensor, *others: Any) -> BranchInputs:
         """Move padding between prefix and suffix to the left, where windows and recurrent states do not see it."""
         place = torch.arange(prefix_ids.shape[1], device=prefix_ids.device)
         shift = (prefix_mask * (place + 1)).argmax(-1, keepdim=True) + 1  # [B, 1]; P where padded on the left
         source = (place + shift) % max(1, prefix_ids.shape[1])
-        return cls(prefix_ids.gather(1, source), prefix_mask.gather(1, source), suffix, suffix_mask)
+        return cls(prefix_ids.gather(1, source), prefix_mask.gather(1, source), *others)
 
     @property
     def num_latents(self) -> int:
@@ -85,11 +91,17 @@ class BranchInputs:
         """Return the prefix as token ids, or as vectors where the suffixes are vectors."""
         return decoder.get_input_embeddings()(self.prefix_ids) if self.embedded else self.prefix_ids
 
+    def conditioning(self) -> AbstractContextManager[None]:
+        """Within this context every branch [B * K] is conditioned on its latent, where there are norms for it."""
+        if self.norms is None or self.z is None:
+            return nullcontext()
+        return self.norms.given(self.z.flatten(0, 1), self.width)
+
     def latents(self, part: slice) -> BranchInputs:
         """Return the inputs of some of the latents."""
-        return replace(self, suffix=self.suffix[:, part])
+        return replace(self, suffix=self.suffix[:, part], z=None if self.z is None else self.z[:, part])
 
     def rows(self, index: Tensor) -> BranchInputs:
         """Return the inputs of some of the examples."""
-        fields = (self.prefix_ids, self.prefix_mask, self.suffix, self.suffix_mask)
-        return BranchInputs(*(field[index] for field in fields))
+        names = ("prefix_ids", "prefix_mask", "suffix", "suffix_mask", *(() if self.z is None else ("z",)))
+        return replace(self, **{name: getattr(self, name)[index] for name in names})

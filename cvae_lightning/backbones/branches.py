@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from cvae_lightning.backbones.branch_choice import choose_branch_method
 from cvae_lightning.backbones.branch_inputs import BranchInputs, BranchOutput
 from cvae_lightning.backbones.causal_lm import decoder_of
+from cvae_lightning.backbones.conditioning import LatentNorms, check_norm_branches
 from cvae_lightning.backbones.grouped_attention import run_grouped
 
 __all__ = ["BranchInputs", "BranchMethod", "BranchOutput", "run_branches"]
@@ -28,6 +29,8 @@ def run_branches(
     suffix_mask: Tensor,
     method: BranchMethod = "auto",
     num_latent_chunk: int | None = None,
+    norms: LatentNorms | None = None,
+    z: Tensor | None = None,
 ) -> BranchOutput:
     """Read the prefix and, behind it, K suffixes.
 
@@ -42,11 +45,14 @@ def run_branches(
             supports and that agrees with ``repeat`` on the first batch.
         num_latent_chunk: number of latents run at a time; the activations of one such chunk are kept, those of the
             others are made again in the backward pass. None = all at once.
+        norms, z: conditioned norms of ``lm`` and, [B, K, D], what conditions them in every branch; None = none.
 
     Raises:
         ValueError: if the model does not support the method, or ``num_latent_chunk`` is below 1.
     """
-    inputs = BranchInputs.of(prefix_ids, prefix_mask, suffix, suffix_mask)
+    if norms is not None:
+        check_norm_branches(method)
+    inputs = BranchInputs.of(prefix_ids, prefix_mask, suffix, suffix_mask, norms, z)
     if num_latent_chunk is not None and num_latent_chunk < 1:
         raise ValueError(f"num_latent_chunk must be at least 1, or None for all at once, got {num_latent_chunk}")
     size = min(num_latent_chunk or inputs.num_latents, inputs.num_latents)
@@ -80,12 +86,14 @@ def run_repeated(lm: Any, inputs: BranchInputs) -> BranchOutput:
     decoder, latents = decoder_of(lm), inputs.num_latents
     prefix = inputs.prefix_like_suffix(decoder)[:, None].expand(-1, latents, *(-1,) * (inputs.suffix.ndim - 2))
     positions = torch.cat([inputs.prefix_positions, inputs.suffix_positions], -1).repeat_interleave(latents, 0)
-    hidden = decoder(
-        **inputs.named(torch.cat([prefix, inputs.suffix], 2).flatten(0, 1)),
-        attention_mask=inputs.branch_mask,
-        position_ids=positions,
-        use_cache=False,
-    ).last_hidden_state.unflatten(0, (-1, latents))  # [B, K, P + S, D]
+    with inputs.conditioning():
+        output = decoder(
+            **inputs.named(torch.cat([prefix, inputs.suffix], 2).flatten(0, 1)),
+            attention_mask=inputs.branch_mask,
+            position_ids=positions,
+            use_cache=False,
+        )
+    hidden = output.last_hidden_state.unflatten(0, (-1, latents))  # [B, K, P + S, D]
     return BranchOutput(hidden[:, :, inputs.width :], hidden[:, 0, inputs.width - 1])
 
 
@@ -120,14 +128,15 @@ def _continue(lm: Any, inputs: BranchInputs, cache: Any) -> Tensor:
     branch_cache = copy.copy(cache)
     branch_cache.layers = [copy.copy(layer) for layer in cache.layers]
     branch_cache.batch_repeat_interleave(inputs.num_latents)  # differentiable
-    hidden = decoder_of(lm)(
-        **inputs.named(inputs.suffix.flatten(0, 1)),
-        attention_mask=inputs.branch_mask,
-        position_ids=inputs.suffix_positions.repeat_interleave(inputs.num_latents, 0),
-        past_key_values=branch_cache,
-        use_cache=True,
-    ).last_hidden_state
-    return hidden.unflatten(0, (-1, inputs.num_latents))
+    with inputs.conditioning():
+        output = decoder_of(lm)(
+            **inputs.named(inputs.suffix.flatten(0, 1)),
+            attention_mask=inputs.branch_mask,
+            position_ids=inputs.suffix_positions.repeat_interleave(inputs.num_latents, 0),
+            past_key_values=branch_cache,
+            use_cache=True,
+        )
+    return output.last_hidden_state.unflatten(0, (-1, inputs.num_latents))
 
 
 METHODS: dict[str, Callable[[Any, BranchInputs], BranchOutput]] = {

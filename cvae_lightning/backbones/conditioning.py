@@ -52,7 +52,7 @@ class LatentNorms(nn.Module):
 
     Works on any Hugging Face family through forward hooks. The maps start at zero, so the model starts as it was, and
     stays as it was outside :meth:`given`. Only what stands from the latent slot on is conditioned: the router's prompt
-    never sees z.
+    never sees z. Gradient checkpointing reads the layers again when no latent is given any more, so it is refused.
     Source: Perez et al. 2018 (FiLM), arXiv 1709.07871; Peebles & Xie 2023 (zero start), arXiv 2212.09748.
 
     Args:
@@ -85,15 +85,18 @@ class LatentNorms(nn.Module):
     def given(self, z: Tensor | None, start: int = 0) -> Iterator[None]:
         """Within this context rows of the model's batch are conditioned on ``z`` from slot ``start`` on.
 
+        It may stand in another such context, as it does when a backward pass makes activations again.
+
         Args:
             z: [N, D], one latent per row of the batch behind the prefix; None = set later by :meth:`condition`.
             start: index of the first conditioned slot, padding and cached slots counted.
         """
+        before = self._z, self._start, self._past
         try:
             self.condition(z, start)
             yield
         finally:
-            self._z = None
+            self._z, self._start, self._past = before
 
     def condition(self, z: Tensor | None, start: int) -> None:
         """Change the latents inside :meth:`given`."""
@@ -102,6 +105,13 @@ class LatentNorms(nn.Module):
     def _locate(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
         self._past = 0 if cache is None else int(cache.get_seq_length())
+        if self._z is None or not (module.training and torch.is_grad_enabled()):
+            return
+        if any(getattr(part, "gradient_checkpointing", False) for part in module.modules()):
+            raise ValueError(
+                "z-conditioned norms do not work under gradient checkpointing: switch it off (num_latent_chunk bounds "
+                "the memory of a discrete latent), or condition by prefix alone"
+            )
 
     def apply_to(self, index: int, hidden: Tensor) -> Tensor:
         """Return the conditioned output [N, L, E] of norm number ``index``."""
@@ -109,14 +119,24 @@ class LatentNorms(nn.Module):
         if self._z is None or first >= hidden.shape[1]:
             return hidden
         if len(self._z) != len(hidden):
-            raise ValueError(
-                f"z-conditioned norms got {len(self._z)} latents for {len(hidden)} rows: use branch_method=cache or "
-                "repeat, which give every branch a row of its own"
-            )
+            raise ValueError(f"z-conditioned norms got {len(self._z)} latents for {len(hidden)} rows of the batch")
         linear = cast(nn.Linear, self.maps[index])
         scale, shift = linear(self._z.to(linear.weight.dtype)).to(hidden.dtype)[:, None].chunk(2, -1)  # [N, 1, E] each
         behind = hidden[:, first:] * (1 + scale) + shift
         return torch.cat([hidden[:, :first], behind], 1) if first else behind
+
+
+def check_norm_branches(method: str) -> None:
+    """Raise if a way of running branches does not suit conditioned norms.
+
+    Raises:
+        ValueError: for ``grouped``.
+    """
+    if method == "grouped":
+        raise ValueError(
+            "branch_method=grouped puts all branches into one row, which conditioned norms cannot tell apart: use "
+            "auto, cache or repeat"
+        )
 
 
 class _Hook:

@@ -47,6 +47,7 @@ class CVAEModule(LanguageModule):
         final_learning_rate_fraction: float,
         weight_decay: float,
         baseline_cache: bool | str = True,
+        prefix_length: int = 1,
     ) -> None:
         super().__init__(learning_rate, warmup_steps, final_learning_rate_fraction, weight_decay)
         self.losses = _loss_dict(losses)
@@ -61,7 +62,9 @@ class CVAEModule(LanguageModule):
             )
         else:
             (lm, tokenizer), self.artifact = rebuild_lm(entangled), None
-        self.template = PromptTemplate(tokenizer, num_latent_tokens, max_length, on_overflow, padding_side)
+        self.template = PromptTemplate(
+            tokenizer, num_latent_tokens, max_length, on_overflow, padding_side, prefix_length
+        )
         self.c_base: float | None = None
         if isinstance(c_base, str):
             if c_base != "auto":

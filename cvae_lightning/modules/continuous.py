@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import nullcontext
 from copy import deepcopy
 from typing import Literal, cast
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from cvae_lightning.backbones.branches import BranchMethod, BranchOutput, run_branches
 from cvae_lightning.backbones.causal_lm import add_token_rows, head_of
-from cvae_lightning.backbones.conditioning import Injection, LatentNorms, LatentPrefix
+from cvae_lightning.backbones.conditioning import Injection, LatentNorms, LatentPrefix, check_norm_branches
 from cvae_lightning.backbones.posterior import Pooling, PosteriorNetwork
 from cvae_lightning.functional import gaussian_log_prob, gaussian_sample, importance_weighted_evidence, soft_bound
 from cvae_lightning.losses import LossCallback
@@ -122,11 +121,8 @@ class ContinuousCVAE(GaussianUse):
             raise ValueError(f"posterior must be 'importance' or 'reparameterized', got {posterior!r}")
         if injection not in ("prefix", "norm", "both"):
             raise ValueError(f"injection must be 'prefix', 'norm' or 'both', got {injection!r}")
-        if injection != "prefix" and branch_method == "grouped":
-            raise ValueError(
-                "branch_method=grouped puts all samples into one row, which conditioned norms cannot tell "
-                "apart: use cache or repeat"
-            )
+        if injection != "prefix":
+            check_norm_branches(branch_method)
         low, high = logvar_bounds
         if not low < posterior_initial_logvar < high or not low < 0 < high:
             raise ValueError(
@@ -148,6 +144,7 @@ class ContinuousCVAE(GaussianUse):
             final_learning_rate_fraction,
             weight_decay,
             baseline_cache,
+            prefix_length,
         )
         self.latent_dim = latent_dim
         self.num_samples = num_samples
@@ -158,10 +155,7 @@ class ContinuousCVAE(GaussianUse):
         self.posterior_temperature = posterior_temperature
         self.injection = injection
         self.logvar_bounds = (float(low), float(high))
-        # the self-check of auto runs a part of the batch, for which conditioned norms hold no latents
-        self.branch_method: BranchMethod = (
-            "cache" if branch_method == "auto" and injection != "prefix" else branch_method
-        )
+        self.branch_method: BranchMethod = branch_method
         add_token_rows(self.lm, len(self.template), 1.0)
         self.posterior_network = PosteriorNetwork(deepcopy(self.lm), 2 * latent_dim, pooling)
         with torch.no_grad():
@@ -259,10 +253,10 @@ class ContinuousCVAE(GaussianUse):
         on = batch.y_mask.new_ones(size, vectors.shape[2] + 2)
         mask = torch.cat([on, batch.y_mask[:, :-1]], -1)
         prefix_ids, prefix_mask = self._with_z(batch)
-        norms = nullcontext() if self.norms is None else self.norms.given(latents.flatten(0, 1), prefix_ids.shape[1])
-        with norms:
-            suffix = torch.cat([vectors, tail], 2)
-            return run_branches(self.lm, prefix_ids, prefix_mask, suffix, mask, self.branch_method)
+        suffix = torch.cat([vectors, tail], 2)
+        return run_branches(
+            self.lm, prefix_ids, prefix_mask, suffix, mask, self.branch_method, None, self.norms, latents
+        )
 
     def latent_vectors(self, latents: Tensor) -> Tensor:
         """Return what stands in the latent slot, [..., m, E]."""

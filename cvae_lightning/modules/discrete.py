@@ -1,32 +1,39 @@
-"""SharedDiscreteCVAE: K latent tokens in one shared model, enumerated exactly."""
+"""SharedDiscreteCVAE: K latents as tokens of one shared model, enumerated exactly."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cvae_lightning.backbones.branches import BranchMethod, BranchOutput, run_branches
 from cvae_lightning.backbones.causal_lm import add_token_rows, evaluating, fill_rows, has_dropout, head_of
+from cvae_lightning.backbones.conditioning import LatentNorms, check_norm_branches
 from cvae_lightning.backbones.posterior import Pooling, PosteriorNetwork
 from cvae_lightning.functional import exact_posterior
 from cvae_lightning.losses import LossCallback
 from cvae_lightning.metrics.discrete import DiscreteMetrics
-from cvae_lightning.modules.base import CVAEModule, Outputs
+from cvae_lightning.modules.base import Outputs
+from cvae_lightning.modules.discrete_use import DiscreteUse
 from cvae_lightning.modules.language_model import token_stats
 from cvae_lightning.outputs import DiscreteOutputs, PairBatch
 
 
-class SharedDiscreteCVAE(CVAEModule):
+class SharedDiscreteCVAE(DiscreteUse):
     """A conditional VAE whose latent is one of K tokens of a shared causal language model.
 
     Generative process: z ~ p(z|x), the next-token distribution at ``<z>`` restricted to the K latent tokens;
     y ~ p(y|x,z), the continuation of ``<x> x </x> <z> z_k </z> <y>``. Inference: q(z|x,y), a posterior network that
     reads the z-free record, or the exact posterior q* ~ p(z|x) exp(-sum_t nll_t(z) / temperature) over the enumerated
     latents, which the network then learns by distillation.
+
+    One token is a narrow way into the model. ``prefix_length`` m puts m learned tokens of the latent into the slot, of
+    which the first routes: ``<z> z_k z_k.1 ... z_k.(m-1) </z> <y>``. ``norm_dim`` lets a learned vector of the latent
+    scale and shift every normalisation layer besides, from the slot on and as the identity at the start. The latent's
+    token stays in the slot then too: the router needs it as a label, and leaving it out would only take something away.
 
     | symbol | variable | shape |
     |---|---|---|
@@ -58,9 +65,15 @@ class SharedDiscreteCVAE(CVAEModule):
         weight_decay: of matrices.
         baseline_cache: keep the frozen baseline's NLL on disk, so that the entangled model is run once per record: true
             (below ``trainer.default_root_dir``, in runs that save checkpoints), false, or a folder.
+        prefix_length: m, tokens of a latent in the slot; y stands m + 2 tokens later than in the entangled model's
+            record, so train that with a ``max_gap`` of at least m + 2.
+        norm_dim: size of the vector of a latent that conditions the norm layers (not with ``branch_method: grouped``,
+            nor under gradient checkpointing); 0 = none. The exported language model does without them, so keep the
+            checkpoint.
 
     Raises:
-        ValueError: for fewer than two latents, a temperature <= 0, or an entangled model that cannot be read.
+        ValueError: for fewer than two latents, a temperature <= 0, a length or size out of range, or an entangled model
+            that cannot be read.
     """
 
     def __init__(
@@ -85,11 +98,17 @@ class SharedDiscreteCVAE(CVAEModule):
         final_learning_rate_fraction: float = 0.05,
         weight_decay: float = 0.0,
         baseline_cache: bool | str = True,
+        prefix_length: int = 1,
+        norm_dim: int = 0,
     ) -> None:
         if num_latents < 2:
             raise ValueError(f"num_latents must be at least 2 for z to mean anything, got {num_latents}")
         if posterior_temperature <= 0:
             raise ValueError(f"posterior_temperature must be positive, got {posterior_temperature}")
+        if norm_dim < 0:
+            raise ValueError(f"norm_dim must be at least 0 (0 = no conditioned norms), got {norm_dim}")
+        if norm_dim:
+            check_norm_branches(branch_method)
         super().__init__(
             entangled,
             losses,
@@ -105,6 +124,7 @@ class SharedDiscreteCVAE(CVAEModule):
             final_learning_rate_fraction,
             weight_decay,
             baseline_cache,
+            prefix_length,
         )
         self.num_latents = num_latents
         self.posterior_kind = posterior
@@ -113,6 +133,9 @@ class SharedDiscreteCVAE(CVAEModule):
         self.num_latent_chunk = num_latent_chunk
         self._prepare_latent_rows(latent_token_std)
         self.posterior_network = PosteriorNetwork(deepcopy(self.lm), num_latents, pooling)
+        if norm_dim:
+            self.latent_vectors = nn.Embedding(num_latents, norm_dim)
+        self.norms = LatentNorms(self.lm, norm_dim) if norm_dim else None  # after the copy of lm
         self.metrics = DiscreteMetrics(num_latents)
 
     @property
@@ -124,11 +147,11 @@ class SharedDiscreteCVAE(CVAEModule):
     def _prepare_latent_rows(self, std: float) -> None:
         known = self.lm.get_input_embeddings().weight.shape[0]
         add_token_rows(self.lm, len(self.template), std)
-        fresh = {*self.template.latent_ids}
-        source = [i for i in range(min(known, len(self.template))) if i not in fresh]
+        rows = self.template.all_latent_ids
+        source = sorted({*range(min(known, len(self.template)))} - {*rows})
         tables = {id(e.weight): e.weight for e in (self.lm.get_input_embeddings(), self.lm.get_output_embeddings())}
         for weight in tables.values():
-            fill_rows(weight, self.template.latent_ids, source, std)
+            fill_rows(weight, rows, source, std)
 
     # The stages. Override one of them to change it.
 
@@ -153,15 +176,19 @@ class SharedDiscreteCVAE(CVAEModule):
 
     def encode(self, batch: PairBatch) -> BranchOutput:
         """Run the shared prefix ``<bos> <x> x </x> <z>`` and the K branches behind it."""
-        size, m = len(batch), self.template.marker_ids
-        latents = torch.tensor(self.template.latent_ids, device=batch.y_ids.device)
-        section = torch.stack([latents, *(torch.full_like(latents, m[t]) for t in ("</z>", "<y>"))], -1)  # [K, 3]
+        size, sections = len(batch), self.latent_sections()
         y_ids = batch.y_ids[:, None, :-1].expand(-1, self.num_latents, -1)
-        suffix_ids = torch.cat([section.expand(size, -1, -1), y_ids], -1)  # [B, K, 2 + T]
-        suffix_mask = torch.cat([batch.y_mask.new_ones(size, 3), batch.y_mask[:, :-1]], -1)
-        prefix_ids, prefix_mask = self._with_z(batch)
+        suffix_ids = torch.cat([sections.expand(size, -1, -1), y_ids], -1)  # [B, K, m + 1 + T]
+        suffix_mask = torch.cat([batch.y_mask.new_ones(size, sections.shape[1]), batch.y_mask[:, :-1]], -1)
         return run_branches(
-            self.lm, prefix_ids, prefix_mask, suffix_ids, suffix_mask, self.branch_method, self.num_latent_chunk
+            self.lm,
+            *self._with_z(batch),
+            suffix_ids,
+            suffix_mask,
+            self.branch_method,
+            self.num_latent_chunk,
+            self.norms,
+            None if self.norms is None else self.latent_vectors.weight.expand(size, -1, -1),
         )
 
     def router(self, branches: BranchOutput) -> Tensor:
@@ -171,7 +198,7 @@ class SharedDiscreteCVAE(CVAEModule):
 
     def generator(self, branches: BranchOutput, batch: PairBatch, need_jsd: bool) -> tuple[Tensor, Tensor | None]:
         """Return -log p(y_t|x,z_k,y_<t), [B, K, T], and the inter-latent JSD, [B, T], if asked for."""
-        return token_stats(branches.hidden[:, :, 2:], head_of(self.lm), batch, need_jsd)
+        return token_stats(branches.hidden[:, :, self.template.prefix_length + 1 :], head_of(self.lm), batch, need_jsd)
 
     def amortized_posterior(self, batch: PairBatch) -> Tensor:
         """Return log q_xi(z_k|x,y), [B, K], from the posterior network."""
@@ -223,68 +250,3 @@ class SharedDiscreteCVAE(CVAEModule):
     def compute_metrics(self) -> dict[str, Tensor]:
         """Return the metrics of the split by log key."""
         return self.metrics.compute_and_reset(self.c_base)
-
-    # Use.
-
-    @torch.no_grad()
-    def route(self, x: Sequence[str]) -> Tensor:
-        """Return log p(z_k|x) for texts x, [len(x), K], on the CPU."""
-        ids, mask = (t.to(self.device) for t in self.template.prefixes(x))
-        z = torch.full_like(ids[:, :1], self.template.marker_ids["<z>"])
-        ids, mask = torch.cat([ids, z], -1), torch.cat([mask, torch.ones_like(mask[:, :1])], -1)
-        with evaluating(self):
-            hidden = run_branches(self.lm, ids, mask, ids[:, None, :0], mask[:, :0], "repeat").router_hidden
-        return self.router(BranchOutput(hidden[:, None, None], hidden)).cpu()
-
-    def generate(
-        self, x: Sequence[str], z: int | Sequence[int] | Literal["router", "argmax"] = "router", **options: Any
-    ) -> list[str]:
-        """Return one y per x.
-
-        Args:
-            x: inputs.
-            z: a latent for all x, one latent per x, ``router`` to sample z from p(z|x), or ``argmax`` of p(z|x).
-            options: ``do_sample``, ``temperature``, ``max_new_tokens``, ``generator_seed``, ``batch_size``.
-
-        Raises:
-            ValueError: if a latent is not in 0 .. K-1, or their number differs from that of x.
-        """
-        if not len(x):
-            return []
-        if isinstance(z, str):
-            if z not in ("router", "argmax"):
-                raise ValueError(f"z must be a latent, a list of latents, 'router' or 'argmax', got {z!r}")
-            log_probs = self.route(x)
-            seed = options.get("generator_seed")
-            source = None if seed is None else torch.Generator().manual_seed(seed)
-            drawn = log_probs.argmax(-1) if z == "argmax" else torch.multinomial(log_probs.exp(), 1, generator=source)
-            latents = drawn.flatten().tolist()
-        else:
-            latents = [z] * len(x) if isinstance(z, int) else list(z)
-        if len(latents) != len(x) or not all(0 <= k < self.num_latents for k in latents):
-            raise ValueError(f"z must name latents 0 .. {self.num_latents - 1}, one for all or one per x, got {z!r}")
-        m, ids = self.template.marker_ids, self.template.latent_ids
-        return self.generate_from(x, [[m["<z>"], ids[k], m["</z>"]] for k in latents], **options)
-
-    def generate_all(self, x: Sequence[str], **options: Any) -> list[list[str]]:
-        """Return, for each x, one y under every latent; each x is read once for all of them.
-
-        Args:
-            x: inputs.
-            options: as for :meth:`generate`; ``batch_size`` counts y.
-        """
-        m, latents = self.template.marker_ids, torch.tensor(self.template.latent_ids, device=self.device)
-        branches = torch.stack([latents, *(torch.full_like(latents, m[t]) for t in ("</z>", "<y>"))], -1)  # [K, 3]
-        ys = self.generate_from(x, [[m["<z>"]]] * len(x), branches=branches, **options)
-        return [ys[i : i + self.num_latents] for i in range(0, len(ys), self.num_latents)]
-
-    def predict_step(self, batch: PairBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Return one row per record: x, the argmax latent, p(z|x) and the greedy y under that latent."""
-        x = list(batch.x)
-        probs = self.route(x).exp()
-        z = probs.argmax(-1).tolist()
-        ys = self.generate(x, z)
-        return [
-            {"index": i, "x": a, "z": k, "router": [round(p, 6) for p in row], "y": b}
-            for i, a, k, row, b in zip(batch.index.tolist(), x, z, probs.tolist(), ys, strict=True)
-        ]

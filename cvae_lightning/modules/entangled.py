@@ -45,7 +45,8 @@ class EntangledLM(LanguageModule):
         on_overflow: what happens to a longer record: ``error``, or ``skip`` it and say how many.
         padding_side: side on which x is padded.
         max_gap: training leaves 0 to this many positions, at random, free before ``<y>``, so that the latent section
-            that post-training puts there (3 tokens) does not shift what the model has learned; 0 = never.
+            that post-training puts there (3 tokens; ``prefix_length`` + 2 where that is not 1, so set this to it) does
+            not shift what the model has learned; 0 = never.
         new_token_std: noise of the rows added to a pretrained model, in units of the embedding's standard deviation.
         learning_rate: peak learning rate of AdamW.
         warmup_steps: optimizer steps of linear warm-up.

@@ -100,7 +100,8 @@ class LanguageModule(HasSpec, L.LightningModule):
     def generate_from(self, xs: Sequence[str], section: Sequence[Sequence[int]], **options: Any) -> list[str]:
         """Continue ``<bos> <x> x </x> section <y>`` for each x; see :meth:`generate` of the subclasses.
 
-        ``embed`` turns prompt ids [N, L] of these rows of ``xs`` into input embeddings, where a latent is a vector.
+        ``embed`` turns prompt ids [N, L] of these rows of ``xs`` into input embeddings, where a latent is a vector; or
+        returns them as they are, where it only tells the norms the latents of these rows.
         ``branches`` [K, S] are ids behind the section, instead of ``<y>``: K continuations in a row for each x.
         """
         from cvae_lightning.backbones.generation import generate_ids
@@ -112,7 +113,7 @@ class LanguageModule(HasSpec, L.LightningModule):
         seed: int | None = options.pop("generator_seed", None)
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
         m = self.template.marker_ids
-        banned = torch.tensor([m[t] for t in m if t != "</y>"] + self.template.latent_ids, device=self.device)
+        banned = torch.tensor([m[t] for t in m if t != "</y>"] + self.template.all_latent_ids, device=self.device)
         texts: list[str] = []
         with evaluating(self):
             size = batch_size if branches is None else max(1, batch_size // len(branches))
@@ -171,9 +172,10 @@ class LanguageModule(HasSpec, L.LightningModule):
             ValueError: naming the length, the limit and the ways out.
         """
         limit = getattr(self.lm.config, "max_position_embeddings", None)
-        if not limit or batch.prefix_ids.shape[1] + 4 + batch.y_ids.shape[1] <= limit:
+        section = self.template.section_length
+        if not limit or batch.prefix_ids.shape[1] + section + batch.y_ids.shape[1] <= limit:
             return
-        lengths = batch.prefix_mask.sum(-1) + 4 + batch.y_mask.sum(-1)
+        lengths = batch.prefix_mask.sum(-1) + section + batch.y_mask.sum(-1)
         row = int(lengths.argmax())
         if int(lengths[row]) > limit:
             raise ValueError(

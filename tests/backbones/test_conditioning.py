@@ -80,7 +80,7 @@ def test_first_norm_follows_its_formula():
 def test_branches_equal_one_sequence_at_a_time(tmp_path, family, injection):
     """Cached and repeated branches, padded on either side, against one unpadded sequence per sample."""
     folder = tiny_artifact(tmp_path, family)
-    for method in ("cache", "repeat"):
+    for method in ("auto", "cache", "repeat"):
         for side in ("left", "right"):
             model = module(folder, injection=injection, prefix_length=2, branch_method=method, padding_side=side)
             model = model.eval()
@@ -146,6 +146,46 @@ def test_greedy_generation_follows_the_likelihood(tmp_path, injection):
         end = next((i for i, token in enumerate(predicted) if token in special), len(ids))
         assert predicted[:end] == ids[:end]
         assert end or not ids or predicted[0] in special
+
+
+def test_contexts_nest():
+    """A backward pass may read branches again while a context is open."""
+    lm, template = tiny_lm()
+    batch = template.collate(RECORDS)
+    norms = LatentNorms(lm, latent_dim=3)
+    torch.nn.init.normal_(norms.maps[1].weight)
+    outer, inner = torch.randn(2, len(batch), 3)
+
+    def read():
+        return read_hidden(lm.get_decoder(), batch.prefix_ids, batch.prefix_mask)
+
+    with norms.given(outer, start=2):
+        expected = read()
+        with norms.given(inner):
+            assert not torch.equal(read(), expected)
+        assert torch.equal(read(), expected)
+
+
+def test_chunks_of_latents_are_conditioned_in_the_backward_pass_too():
+    from cvae_lightning.backbones.branches import run_branches
+
+    lm, template = tiny_lm()
+    batch = template.collate(RECORDS)
+    norms = LatentNorms(lm, latent_dim=2)
+    for linear in norms.maps:
+        torch.nn.init.normal_(linear.weight, std=0.3)
+    suffix = torch.randint(4, 10, (len(batch), 3, 4), generator=torch.Generator().manual_seed(0))
+    results = []
+    for method, chunk in (("repeat", None), ("repeat", 2), ("cache", 2)):
+        z = torch.randn(len(batch), 3, 2, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        mask = torch.ones(len(batch), 4, dtype=torch.bool)
+        inputs = (batch.prefix_ids, batch.prefix_mask, suffix, mask, method, chunk, norms, z)
+        hidden = run_branches(lm, *inputs).hidden
+        results.append((hidden.detach(), *torch.autograd.grad(hidden.sin().sum(), [z, norms.maps[2].weight])))
+    for found in results[1:]:
+        torch.testing.assert_close(found, results[0], atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="branch_method=grouped"):
+        run_branches(lm, *inputs[:4], "grouped", None, norms, z)
 
 
 def test_grouped_branches_refuse_conditioned_norms(tmp_path):

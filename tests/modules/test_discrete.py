@@ -81,7 +81,7 @@ def test_permuting_latents_permutes_outputs(artifact):
     model = build(artifact)
     before = everything(model)
     order = [2, 0, 1]
-    model.template.latent_ids = [model.template.latent_ids[i] for i in order]
+    model.template.latent_prefixes = [model.template.latent_prefixes[i] for i in order]
     after = everything(model)
     torch.testing.assert_close(after.token_nll, before.token_nll[:, order], atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(after.router_log_probs, before.router_log_probs[:, order], atol=1e-6, rtol=1e-5)
