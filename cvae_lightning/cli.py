@@ -20,6 +20,7 @@ usage: cvae-lightning COMMAND [options]
   predict     predict:                           cvae-lightning predict --config ... --ckpt_path FILE
   recipes     list the shipped recipes, or print one:  cvae-lightning recipes [NAME]
   quickstart  train and evaluate a small example from end to end (a few minutes on two CPU cores)
+  benchmark   compare recipes over tasks and seeds: cvae-lightning benchmark --config NAME_OR_FILE [--smoke] [--list]
 
 `cvae-lightning COMMAND --help` documents every option. Set CVAE_LIGHTNING_TRACEBACK=1 to see where an error came from.
 """
@@ -62,6 +63,10 @@ def _run(words: list[str]) -> int:
         from cvae_lightning.quickstart import quickstart
 
         return quickstart(words[1:])
+    elif command == "benchmark":
+        from cvae_lightning.benchmark.command import benchmark
+
+        return benchmark(words[1:])
     elif command in TRAINING:
         if os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())  # so that class_path finds the user's own file
@@ -69,7 +74,8 @@ def _run(words: list[str]) -> int:
 
         run(words)
     else:
-        raise ValueError(f"unknown command {command!r}; expected {', '.join(TRAINING)}, recipes or quickstart")
+        known = (*TRAINING, "recipes", "quickstart")
+        raise ValueError(f"unknown command {command!r}; expected {', '.join(known)} or benchmark")
     return 0
 
 

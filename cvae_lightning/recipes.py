@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 
 def recipe_folder() -> Path:
@@ -27,13 +27,18 @@ def recipe_names() -> list[str]:
 def find_recipe(name: str) -> Path:
     """Return the file of the recipe with this name, given with or without ``.yaml``.
 
+    What lies in a folder of its own is named with it: ``benchmark/alignment``.
+
     Raises:
         FileNotFoundError: if there is none; the message holds the nearest names.
     """
     stem = name.removesuffix(".yaml")
     names = recipe_names()
-    if stem in names:
-        return recipe_folder() / f"{stem}.yaml"
+    inner = PurePosixPath(stem)
+    if stem in names or (len(inner.parts) > 1 and ".." not in inner.parts and not inner.is_absolute()):
+        path = recipe_folder() / f"{stem}.yaml"
+        if path.is_file():
+            return path
     near = difflib.get_close_matches(stem, names, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"shipped recipes: {', '.join(names) or 'none'}"
     raise FileNotFoundError(f"no config file and no shipped recipe is named {name!r}; {hint}")

@@ -31,6 +31,8 @@ def wheel(tmp_path_factory):
 def test_wheel_holds_package_recipes_licence_and_nothing_else(wheel):
     shipped = {path.name for path in (wheel / "cvae_lightning/configs").glob("*.yaml")}
     assert shipped == {path.name for path in (ROOT / "configs").glob("*.yaml")}
+    benchmarks = {path.name for path in (wheel / "cvae_lightning/configs/benchmark").glob("*.yaml")}
+    assert benchmarks == {path.name for path in (ROOT / "configs/benchmark").glob("*.yaml")}
     assert {path.name.split("-")[0] for path in wheel.iterdir()} == {"cvae_lightning"}
     modules = {path.relative_to(wheel) for path in wheel.rglob("*.py")}
     assert modules == {path.relative_to(ROOT) for path in (ROOT / "cvae_lightning").rglob("*.py")}

@@ -1,0 +1,146 @@
+"""Configs and options become one config, by the rules of ``cvae-lightning fit --config A --config B --name value``."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+from cvae_lightning.config_merge import merge_model
+
+ENTRY_KEYS = frozenset({"class_path", "init_args", "dict_kwargs"})
+
+
+def compose(configs: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configs merged in order, with the options set.
+
+    Args:
+        configs: contents of config files; later ones win, losses merge by name.
+        options: values by dotted name. ``callbacks.PATTERN.ARGUMENT`` sets an argument of the callbacks whose class
+            name matches the shell pattern.
+
+    Raises:
+        ValueError: if an option leads nowhere, or a new loss has no class.
+
+    Example:
+        >>> kl = {"class_path": "KL", "init_args": {"weight": 1, "free_nats": 0.5}}
+        >>> base = {"model": {"class_path": "M", "init_args": {"num_latents": 4, "losses": {"kl": kl}}}}
+        >>> more = {"model": {"losses": {"kl": {"weight": 2}}}}
+        >>> compose([base, more], {"model.num_latents": 8})["model"]["init_args"]
+        {'num_latents': 8, 'losses': {'kl': {'class_path': 'KL', 'init_args': {'weight': 2, 'free_nats': 0.5}}}}
+    """
+    result: dict[str, Any] = {}
+    for config in configs:
+        result = _merge(result, deepcopy(dict(config)))
+    for name, value in options.items():
+        set_option(result, name, deepcopy(value))
+    return result
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merge_model(over, base.get("model"))  # completes the class and the losses of the model entry
+    result = dict(base)
+    for group, value in over.items():
+        before = base.get(group)
+        result[group] = _merge_entry(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+    return result
+
+
+def _merge_entry(before: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Merge a group of options, or the entry of a class, key by key; plain dicts and lists are replaced."""
+    if "class_path" in before and not over.keys() & ENTRY_KEYS:
+        over = {"init_args": over}
+    result = dict(before)
+    for key, value in over.items():
+        if key.endswith("+"):
+            more = value if isinstance(value, list) else [value]
+            result[key[:-1]] = [*(before.get(key[:-1]) or []), *more]
+        elif key == "init_args":
+            result[key] = _merge_arguments(before.get(key) or {}, value or {})
+        else:
+            result[key] = value
+    return result
+
+
+def _merge_arguments(before: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = {key: _merge_entry(before[key], value) for key, value in over.items() if _same_class(before, key, value)}
+    return before | over | merged
+
+
+def _same_class(before: dict[str, Any], key: str, value: Any) -> bool:
+    old = before.get(key)
+    if not isinstance(old, dict) or not isinstance(value, dict) or "class_path" not in old:
+        return False
+    return value.get("class_path", old["class_path"]) == old["class_path"]
+
+
+def set_option(config: dict[str, Any], name: str, value: Any) -> None:
+    """Set one dotted option in place; ``init_args`` may be left out of its name, as on the command line.
+
+    Raises:
+        ValueError: if a part of the name is no mapping, or no callback matches.
+    """
+    first, *path = name.split(".")
+    if first == "callbacks":
+        _set_callback(config, name, path, value)
+        return
+    node, parts = config, [first, *path]
+    for i, part in enumerate(parts):
+        if "class_path" in node and part not in ENTRY_KEYS:
+            node = node.setdefault("init_args", {})
+        if i == len(parts) - 1:
+            node[part] = value
+            return
+        if not isinstance(node.setdefault(part, {}), dict):
+            raise ValueError(
+                f"option {name}: {'.'.join(parts[: i + 1])} is {node[part]!r:.60}, which has no {parts[i + 1]}"
+            )
+        node = node[part]
+
+
+def _set_callback(config: dict[str, Any], name: str, path: list[str], value: Any) -> None:
+    callbacks = (config.get("trainer") or {}).get("callbacks") or []
+    if len(path) != 2:
+        raise ValueError(f"option {name}: expected callbacks.CLASS.ARGUMENT")
+    found = [c for c in callbacks if fnmatch.fnmatchcase(class_name(c), path[0])]
+    if not found:
+        known = ", ".join(class_name(c) for c in callbacks) or "none"
+        raise ValueError(f"option {name}: no callback is named {path[0]!r}; trainer.callbacks has {known}")
+    for callback in found:
+        callback["init_args"] = (callback.get("init_args") or {}) | {path[1]: value}
+
+
+def class_name(entry: Mapping[str, Any]) -> str:
+    """Return the last part of the entry's class path; empty if it has none."""
+    return str(entry.get("class_path", "")).rsplit(".", 1)[-1]
+
+
+def differences(before: Any, after: Any, name: str = "") -> list[str]:
+    """Return what differs between two configs, one text per option.
+
+    Example:
+        >>> differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4})
+        ['a.c: 2 then, 3 now', 'd: absent then, 4 now']
+    """
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = list(dict.fromkeys([*before, *after]))
+        absent = _Absent()
+        parts = (
+            differences(before.get(k, absent), after.get(k, absent), f"{name}.{k}" if name else str(k)) for k in keys
+        )
+        return [text for part in parts for text in part]
+    return [] if before == after else [f"{name}: {before!r:.80} then, {after!r:.80} now"]
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "absent"
+
+    def __format__(self, spec: str) -> str:
+        return "absent"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Absent)
+
+    __hash__ = None  # type: ignore[assignment]

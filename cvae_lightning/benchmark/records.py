@@ -1,0 +1,160 @@
+"""What a cell leaves on disk: its result, and how far it has come."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cvae_lightning.benchmark.claims import is_claimed
+from cvae_lightning.benchmark.compose import differences
+from cvae_lightning.benchmark.plan import Cell
+
+MARK = "progress.json"
+"""The first file of a cell: only a folder that holds it is ever emptied."""
+State = Literal["done", "changed", "failed", "running", "partial", "waiting", "pending"]
+
+
+@dataclass
+class Progress:
+    """How far a cell has come, over all its sittings.
+
+    Args:
+        hash: of the configuration that it is trained with.
+        fit_seconds: time spent in training.
+        test_seconds: time spent in the last test.
+        sittings: number of times it was started.
+        fitted: whether training has ended.
+    """
+
+    hash: str
+    fit_seconds: float = 0.0
+    test_seconds: float = 0.0
+    sittings: int = 0
+    fitted: bool = False
+
+    @classmethod
+    def read(cls, cell: Cell) -> Progress | None:
+        """Return what is on disk, or None."""
+        content = read_json(cell.folder / MARK)
+        return None if content is None else cls(**content)
+
+    def write(self, cell: Cell) -> None:
+        """Replace what is on disk."""
+        write_text(cell.folder / MARK, json.dumps(vars(self)) + "\n")
+
+
+def read_result(cell: Cell) -> dict[str, Any] | None:
+    """Return the result of a cell that was done or failed, whatever its configuration was."""
+    return read_json(cell.folder / "result.json")
+
+
+def write_result(cell: Cell, result: dict[str, Any]) -> None:
+    """Write the result; from then on the cell is finished, or has failed."""
+    write_text(cell.folder / "result.json", json.dumps(result, indent=1) + "\n")
+
+
+def state(cell: Cell) -> State:
+    """Return where a cell stands."""
+    result = read_result(cell)
+    if result is not None and result["status"] == "done":
+        return "done" if result["hash"] == cell.hash else "changed"
+    if is_claimed(cell.folder):
+        return "running"
+    if result is not None:
+        return "failed"
+    if cell.entangled is not None and not is_done(cell.entangled):
+        return "waiting"
+    progress = Progress.read(cell)
+    return "pending" if progress is None or progress.hash != cell.fit_hash else "partial"
+
+
+def is_done(cell: Cell) -> bool:
+    """Return whether the cell is finished with the configuration that it has now."""
+    result = read_result(cell)
+    return result is not None and result["status"] == "done" and result["hash"] == cell.hash
+
+
+def step(cell: Cell) -> int:
+    """Return the optimizer step that its training has last told."""
+    try:
+        return int((cell.folder / "step").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 0
+
+
+def what_changed(cell: Cell) -> list[str]:
+    """Return how the configuration differs from that of the finished cell, one text per option."""
+    before = read_result(cell) or {}
+    texts = differences(before.get("config"), cell.config)
+    tests = differences(before.get("test_config"), cell.test_config)
+    texts += [f"in tests {text}" for text in tests if text not in texts]
+    return texts or ["its entangled model"]
+
+
+def forget_tests(cells: Sequence[Cell]) -> None:
+    """Take away the results of finished cells, so that their tests, and these alone, are run again."""
+    for cell in cells:
+        if state(cell) == "done":
+            (cell.folder / "result.json").unlink(missing_ok=True)
+
+
+def clear(cell: Cell) -> None:
+    """Remove all that an earlier configuration has left, but neither the claims nor the mark of a cell's folder."""
+    for path in _content(cell):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def check_folder(cell: Cell) -> None:
+    """Refuse a folder that others have filled: a cell may delete what is in its folder.
+
+    Raises:
+        ValueError: naming the folder.
+    """
+    # in this order: another runner may just be starting the cell, and writes progress.json first
+    filled = cell.folder.is_dir() and any(not path.name.startswith(".") for path in _content(cell))
+    if filled and not (cell.folder / MARK).exists():
+        raise ValueError(
+            f"{cell.folder} is to be the folder of the cell {cell.name}, but holds files of something else: "
+            "give another folder with --results"
+        )
+
+
+def _content(cell: Cell) -> list[Path]:
+    return [path for path in cell.folder.iterdir() if not path.name.startswith(("claim.", ".clock-", MARK))]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write so that the file holds either its old or its new text, never a part, whoever writes beside."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the content of a JSON file, None if there is none.
+
+    Raises:
+        ValueError: if it is not valid JSON.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}; remove the file to run the cell anew") from error
+    return content
