@@ -6,8 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cvae_lightning.export.loading import load_export
     from cvae_lightning.losses import LossCallback
-    from cvae_lightning.modules import ContinuousCVAE, CVAEModule, EntangledLM, SharedDiscreteCVAE
+    from cvae_lightning.modules import ContinuousCVAE, CVAEModule, EntangledLM, LatentSeeding, SharedDiscreteCVAE
     from cvae_lightning.outputs import ContinuousOutputs, DiscreteOutputs, PairBatch, Record
     from cvae_lightning.template import PromptTemplate
 
@@ -19,15 +20,19 @@ __all__ = [
     "ContinuousOutputs",
     "DiscreteOutputs",
     "EntangledLM",
+    "LatentSeeding",
     "LossCallback",
     "PairBatch",
     "PromptTemplate",
     "Record",
     "SharedDiscreteCVAE",
+    "load_export",
 ]
 
-_HOME = {"LossCallback": "losses", "PromptTemplate": "template"}
-_HOME |= dict.fromkeys(("CVAEModule", "ContinuousCVAE", "EntangledLM", "SharedDiscreteCVAE"), "modules")
+_HOME = {"LossCallback": "losses", "PromptTemplate": "template", "load_export": "export.loading"}
+_HOME |= dict.fromkeys(
+    ("CVAEModule", "ContinuousCVAE", "EntangledLM", "LatentSeeding", "SharedDiscreteCVAE"), "modules"
+)
 _HOME |= dict.fromkeys(("ContinuousOutputs", "DiscreteOutputs", "PairBatch", "Record"), "outputs")
 
 

@@ -18,6 +18,7 @@ usage: cvae-lightning COMMAND [options]
   validate    evaluate on the validation split:  cvae-lightning validate --config ... --ckpt_path FILE
   test        evaluate on the test split:        cvae-lightning test --config ... --ckpt_path FILE
   predict     predict:                           cvae-lightning predict --config ... --ckpt_path FILE
+  export      write a checkpoint as a Hugging Face folder: cvae-lightning export --ckpt FILE --out DIR
   recipes     list the shipped recipes, or print one:  cvae-lightning recipes [NAME]
   quickstart  train and evaluate a small example from end to end (a few minutes on two CPU cores)
   benchmark   compare recipes over tasks and seeds: cvae-lightning benchmark --config NAME_OR_FILE [--smoke] [--list]
@@ -67,6 +68,10 @@ def _run(words: list[str]) -> int:
         from cvae_lightning.benchmark.command import benchmark
 
         return benchmark(words[1:])
+    elif command == "export":
+        from cvae_lightning.export.command import export
+
+        return export(words[1:])
     elif command in TRAINING:
         if os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())  # so that class_path finds the user's own file
@@ -74,7 +79,7 @@ def _run(words: list[str]) -> int:
 
         run(words)
     else:
-        known = (*TRAINING, "recipes", "quickstart")
+        known = (*TRAINING, "export", "recipes", "quickstart")
         raise ValueError(f"unknown command {command!r}; expected {', '.join(known)} or benchmark")
     return 0
 

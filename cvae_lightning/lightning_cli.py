@@ -22,9 +22,11 @@ import cvae_lightning.data
 import cvae_lightning.losses
 import cvae_lightning.modules
 from cvae_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
+from cvae_lightning.callbacks.epoch_ends import EpochEnds
 from cvae_lightning.callbacks.nan_guard import NanGuard
 from cvae_lightning.callbacks.partial_gradients import PartialGradients
 from cvae_lightning.callbacks.predictions import PredictionWriter
+from cvae_lightning.callbacks.save_at_termination import SaveAtTermination
 from cvae_lightning.callbacks.step_seed import StepSeed
 from cvae_lightning.config_merge import MergeConfig, rewrite_nulls
 from cvae_lightning.entangle_first import train_entangled_first
@@ -36,8 +38,9 @@ class CVAELightningCLI(LightningCLI):
     """LightningCLI with recipes by name, losses merged by name, and runs that resume exactly.
 
     Always present and configurable: ``checkpoint`` (ModelCheckpoint with ``last.ckpt``), ``step_seed``,
-    ``partial_gradients`` and ``nan_guard``. ``trainer.plugins`` holds AtomicCheckpointIO unless given. All files of a
-    run lie in ``trainer.default_root_dir``. The config always beats the hyperparameters that a checkpoint remembers.
+    ``partial_gradients``, ``nan_guard``, ``epoch_ends`` and ``save_at_termination``. ``trainer.plugins`` holds
+    AtomicCheckpointIO unless given. All files of a run lie in ``trainer.default_root_dir``. The config always beats the hyperparameters that a
+    checkpoint remembers.
     """
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -66,6 +69,8 @@ class CVAELightningCLI(LightningCLI):
         parser.add_lightning_class_args(StepSeed, "step_seed")
         parser.add_lightning_class_args(NanGuard, "nan_guard")
         parser.add_lightning_class_args(PartialGradients, "partial_gradients")
+        parser.add_lightning_class_args(EpochEnds, "epoch_ends")
+        parser.add_lightning_class_args(SaveAtTermination, "save_at_termination")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         plugin = f"{AtomicCheckpointIO.__module__}.{AtomicCheckpointIO.__qualname__}"
         parser.set_defaults(
@@ -105,6 +110,10 @@ class CVAELightningCLI(LightningCLI):
             train_entangled_first(recipe, self.config_dump)
         if self.subcommand != "fit":
             self.save_config_kwargs["config_filename"] = f"config_{self.subcommand}.yaml"
+
+    def before_predict(self) -> None:
+        """Let no prediction be kept in memory: PredictionWriter writes them all."""
+        self.config_init["predict"]["return_predictions"] = False
 
     def instantiate_classes(self) -> None:
         """Build model, data and trainer; an error in a constructor comes without jsonargparse's wrapping."""

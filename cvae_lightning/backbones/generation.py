@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,6 +12,62 @@ from torch import Tensor
 
 from cvae_lightning.backbones.branch_choice import attends_only
 from cvae_lightning.backbones.causal_lm import decoder_of, head_of
+
+ELSEWHERE = {
+    "max_length": "it counts the prompt and its padding: give max_new_tokens",
+    "min_length": "it counts the prompt and its padding: give min_new_tokens",
+    "pad_token_id": "the prompt template sets it",
+    "bos_token_id": "the prompt template sets it",
+    "decoder_start_token_id": "the prompt template sets it",
+    "is_assistant": "this model drafts for no other",
+}
+"""Options of ``GenerationConfig`` that have no place here, and why."""
+
+SHARES = ("top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+"""Options that are shares of the probability; transformers leaves out what lies above 1 without a word."""
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise if generation cannot follow these options of transformers' ``GenerationConfig``.
+
+    Raises:
+        ValueError: for an unknown option, one without effect (``top_p`` without ``do_sample``), a value out of range,
+            or a method whose code transformers would fetch from the hub.
+    """
+    from transformers import GenerationConfig
+
+    known = [name for name in vars(GenerationConfig()) if not name.startswith("_") and name != "transformers_version"]
+    for name in options:
+        why = ELSEWHERE.get(name)
+        if name.startswith("output_") or name == "return_dict_in_generate":
+            why = "texts are returned, and nothing else"
+        if why is not None:
+            raise ValueError(f"{name} is no option of generate: {why}")
+        if name not in known:
+            near = difflib.get_close_matches(name, [*known, "generator_seed", "batch_size"], n=1)
+            hint = f"did you mean {near[0]}?" if near else "it takes generator_seed, batch_size and"
+            raise ValueError(f"generate has no option {name!r}; {hint}{'' if near else ' those of GenerationConfig'}")
+    config = GenerationConfig()
+    for name, value in options.items():
+        setattr(config, name, value)
+    try:
+        mode = str(config.get_generation_mode().value)
+        if mode not in ("greedy_search", "sample", "beam_search", "beam_sample", "assisted_generation"):
+            raise ValueError(f"they ask for {mode}, whose code lies on the hub, and code from there is never run")
+        config.validate(strict=True)
+        for name in SHARES:
+            if not 0 <= (options.get(name) or 0) <= 1:
+                raise ValueError(f"`{name}` must be a share, between 0 and 1, but is {options[name]}.")
+        if config.do_sample and config.temperature is not None and not config.temperature > 0:
+            raise ValueError(f"`temperature` must be above 0, but is {config.temperature}: greedy is do_sample=False.")
+    except (TypeError, ValueError) as error:
+        issues = [line[2:] for line in str(error).splitlines() if line.startswith("- ")] or [str(error)]
+        raise ValueError(f"generate cannot follow its options: {' '.join(issues)}") from error
+
+
+def expansion(options: Mapping[str, Any]) -> int:
+    """Return how many rows of the model's batch a prompt becomes: its beams, or its several continuations."""
+    return max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
 
 
 @torch.no_grad()
@@ -25,6 +84,8 @@ def generate_ids(
     banned: Tensor | None = None,
     branches: Tensor | None = None,
     shrink: bool = True,
+    tokenizer: Any = None,
+    **options: Any,
 ) -> Tensor:
     """Continue left-padded prompts until every row holds ``end_id``.
 
@@ -42,12 +103,25 @@ def generate_ids(
         banned: [M] ids never to be produced (markers, latent tokens).
         branches: [K, S] ids; every prompt is continued behind each of these, and read only once.
         shrink: let ended rows leave; off where something outside keeps one value per row, as conditioned norms do.
+        tokenizer: what writes the texts in which ``stop_strings`` are looked for.
+        options: any other option of transformers' ``GenerationConfig``. With one, transformers' own ``generate`` runs:
+            it has them all, but it reads a prompt once for each of its branches.
 
     Returns:
-        [N, at most max_new_tokens] new token ids; [N * K, ...] with branches, those of a prompt in a row.
+        [N, at most max_new_tokens] new token ids; [N * K, ...] with branches, those of a prompt in a row; and
+        ``num_return_sequences`` rows in a row for each of these.
     """
     from transformers import DynamicCache
 
+    if options:
+        if branches is not None:
+            ids = torch.cat([ids.repeat_interleave(len(branches), 0), branches.repeat(len(ids), 1)], -1)
+            tail = mask.new_ones(len(ids), branches.shape[1])
+            mask = torch.cat([mask.repeat_interleave(len(branches), 0), tail], -1)
+        options |= {"do_sample": do_sample, "max_new_tokens": max_new_tokens}
+        if do_sample:
+            options["temperature"] = temperature
+        return _generate_by_transformers(lm, ids, mask, end_id, generator, banned, tokenizer, options)
     decoder, head, sharing = decoder_of(lm), head_of(lm), attends_only(lm)
     cache: Any = DynamicCache(config=lm.config)
     mask = mask.long()
@@ -93,3 +167,61 @@ def generate_ids(
             cache.batch_select_indices(index)
             rows, ids, mask, positions = (t[index] for t in (rows, ids, mask, positions))
     return result
+
+
+def _generate_by_transformers(
+    lm: Any,
+    ids: Tensor,
+    mask: Tensor,
+    end_id: int,
+    generator: torch.Generator | None,
+    banned: Tensor | None,
+    tokenizer: Any,
+    options: dict[str, Any],
+) -> Tensor:
+    """Return new token ids by ``lm.generate``, under these options alone."""
+    from transformers import GenerationConfig, StoppingCriteria
+
+    class StopStrings(StoppingCriteria):
+        """Ends a row whose y holds a string; transformers' own fails on tokenizers that cannot write its probe."""
+
+        def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+            texts = tokenizer.batch_decode(input_ids[:, start:], skip_special_tokens=True)
+            found = [any(stop in text for stop in stops) for text in texts]
+            return torch.tensor(found, device=input_ids.device)
+
+    stops = options.pop("stop_strings", None)
+    stops = [stops] if isinstance(stops, str) else stops
+    ends = options.pop("eos_token_id", None)
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    options["eos_token_id"] = [end_id, *ends]
+    options["pad_token_id"] = end_id  # so that what follows a row's end is cut with it
+    suppressed = [*(options.pop("suppress_tokens", None) or []), *([] if banned is None else banned.tolist())]
+    options["suppress_tokens"] = [token for token in suppressed if token not in ends] or None
+    if options["do_sample"]:
+        options.setdefault("top_k", 0)  # transformers' own default is 50
+    vectors = ids.is_floating_point()
+    start = 0 if vectors else ids.shape[1]  # where y starts in what transformers hands back
+    seed = None if generator is None else int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    with _defaults(lm), torch.random.fork_rng([ids.device] if ids.is_cuda else [], enabled=seed is not None):
+        if seed is not None:  # transformers draws from the global generator
+            torch.manual_seed(seed)
+        produced = lm.generate(
+            **{"inputs_embeds" if vectors else "input_ids": ids},
+            attention_mask=mask.long(),
+            generation_config=GenerationConfig(**options),
+            stopping_criteria=[StopStrings()] if stops else None,
+        )
+    return produced[:, start:]
+
+
+@contextmanager
+def _defaults(lm: Any) -> Iterator[None]:
+    """Within this context a model has no generation options of its own, so that those given are the only ones."""
+    from transformers import GenerationConfig
+
+    own, lm.generation_config = lm.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        lm.generation_config = own

@@ -231,6 +231,40 @@ def loss_contribution_stack(
     return fig
 
 
+def seed_scatter(
+    points: ArrayLike, clusters: ArrayLike, title: str = "where the latents start: solutions of the entangled model"
+) -> Figure:
+    """Draw the solutions from which the latents start, coloured by the latent that each is a seed of.
+
+    Args:
+        points: [N, 2] first two principal components of the solutions, less the mean over those of the same input.
+        clusters: [N] their clusters, numbered like the latents.
+        title: text above the picture.
+    """
+    at, cluster = np.asarray(points, dtype=float), np.asarray(clusters)
+    count = int(cluster.max()) + 1
+    order = np.random.default_rng(0).permutation(len(at))  # or the last cluster would hide the others
+    colors = _colors(count)
+    fig = Figure(figsize=(7.2, 5.0), layout="constrained")
+    ax = fig.add_subplot()
+    shades = [colors[k] for k in cluster[order]]
+    size = float(np.clip(20000 / len(at), 5, 40))
+    ax.scatter(at[order, 0], at[order, 1], s=size, c=shades, alpha=0.6, linewidths=0)
+    ax.set_xlabel("first principal component")
+    ax.set_ylabel("second principal component")
+    ax.set_title(title, fontsize=11)
+    sizes = np.bincount(cluster, minlength=count)
+    fig.legend(
+        handles=[Patch(color=colors[k], label=f"z{k}  {sizes[k]}") for k in range(count)],
+        ncols=-(-count // 24),
+        fontsize=8,
+        loc="outside right upper",
+        title="latent, solutions",
+        title_fontsize=8,
+    )
+    return fig
+
+
 def latent_distance_heatmap(distance: ArrayLike, title: str = "distance between the outputs of two latents") -> Figure:
     """Draw the [K, K] mean distance, in [0, 1], between what two latents generate for the same x."""
     values = np.asarray(distance, dtype=float)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,10 +17,12 @@ from lightning.pytorch.utilities import rank_zero_info
 class PredictionWriter(Callback):
     """Streams the rows of ``predict_step`` to a file per rank and merges them in the order of their ``index``.
 
-    Nothing is kept in memory, and the target appears only when it is whole.
+    No row is kept in memory, the target appears only when it is whole, and a record that a distributed sampler gave to
+    two ranks is written once.
 
     Args:
-        path: JSONL file to write; None = ``predictions.jsonl`` in ``trainer.default_root_dir``.
+        path: JSONL file to write, on a disk that all ranks share; None = ``predictions.jsonl`` in
+            ``trainer.default_root_dir``.
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -50,6 +55,7 @@ class PredictionWriter(Callback):
         """Write the rows of a batch."""
         if self._file is not None:
             self._file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in outputs or [])
+            self._file.flush()  # rows can be read as they come
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge the ranks' files, each sorted already, into the target."""
@@ -61,11 +67,51 @@ class PredictionWriter(Callback):
         if not trainer.is_global_zero:
             return
         parts = [self._part(trainer, rank) for rank in range(trainer.world_size)]
-        lines = [line for part in parts for line in part.read_text(encoding="utf-8").splitlines(keepends=True)]
-        lines.sort(key=lambda line: json.loads(line).get("index", 0))
-        merged = parts[0].with_suffix(".merged")
-        merged.write_text("".join(lines), encoding="utf-8")
+        missing = [str(part) for part in parts if not part.exists()]
+        if missing:
+            raise ValueError(f"predictions of other processes are missing ({missing[0]}): give a path that they share")
+        merged = self._part(trainer, 0).with_suffix(".merged")
+        count = merge(parts, merged)
         os.replace(merged, self.target(trainer))
         for part in parts:
             part.unlink()
-        rank_zero_info(f"{len(lines)} predictions written to {self.target(trainer)}")
+        rank_zero_info(f"{count} predictions written to {self.target(trainer)}")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Close the file of a prediction that was cut short; what it holds stays beside the target, hidden."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def merge(parts: Sequence[Path], target: Path) -> int:
+    """Write the lines of JSONL files, sorted by ``index``, to another, and return their number.
+
+    Only the places of the lines are held in memory. Lines without an index keep their order, at the end; of lines with
+    the same index in several files those of the first file stay.
+    """
+    places: list[tuple[float, int, int]] = []  # index, file, offset
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(part.open("rb")) for part in parts]
+        for number, file in enumerate(files):
+            places += [(index, number, offset) for index, offset in _places(file)]
+        places.sort()
+        written, count = (math.inf, 0), 0
+        with target.open("wb") as out:
+            for index, number, offset in places:
+                if index != math.inf and written[0] == index and written[1] != number:
+                    continue
+                files[number].seek(offset)
+                out.write(files[number].readline())
+                written, count = (index, number), count + 1
+            out.flush()
+            os.fsync(out.fileno())
+    return count
+
+
+def _places(file: IO[bytes]) -> Iterator[tuple[float, int]]:
+    """Yield the index of every line, infinite where it has none, and where the line starts."""
+    offset = 0
+    for line in file:
+        yield json.loads(line).get("index", math.inf), offset
+        offset += len(line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -63,9 +63,10 @@ class TensorBoardFigures(Callback):
 
     Figures under ``{stage}/figures/``: ``alignment_posterior``, ``alignment_controlled``, ``latent_usage``,
     ``token_strip``, ``latent_distance`` and, during a fit, ``loss_contributions``. Text under
-    ``{stage}/generations/``: ``controlled`` and ``sampled``. Also a custom-scalars layout when a fit starts, and the
-    hyperparameters with the final metrics when it ends (give the logger ``default_hp_metric: false``, or TensorBoard
-    keeps its placeholder metric). With any other logger it does nothing.
+    ``{stage}/generations/``: ``controlled`` and ``sampled``. Where a fit starts, ``train/figures/seeds`` of a module
+    that seeds its latents, and a custom-scalars layout; where it ends, the hyperparameters with the final metrics (give
+    the logger ``default_hp_metric: false``, or TensorBoard keeps its placeholder metric). With any other logger it does
+    nothing.
 
     Args:
         num_sequences: sequences in the token strip.
@@ -102,6 +103,14 @@ class TensorBoardFigures(Callback):
         """Write the custom-scalars layout."""
         if (writer := tensorboard_writer(trainer)) is not None:
             writer.add_custom_scalars(LAYOUT)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the seeds of the latents, once; ``on_train_start`` of the module, where they are sown, comes before."""
+        writer, seeding = tensorboard_writer(trainer), cast(Any, getattr(pl_module, "seeding", None))
+        points = getattr(seeding, "points", None)
+        if writer is not None and points is not None and trainer.global_step == 0:
+            writer.add_figure("train/figures/seeds", figures.seed_scatter(points, seeding.clusters), 0)
+            writer.flush()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the module's metrics on every rank, before the module can reset them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from cvae_lightning.metrics.discrete import DiscreteMetrics
 from cvae_lightning.modules.base import Outputs
 from cvae_lightning.modules.discrete_use import DiscreteUse
 from cvae_lightning.modules.language_model import token_stats
+from cvae_lightning.modules.seeding import LatentSeeding
 from cvae_lightning.outputs import DiscreteOutputs, PairBatch
 
 
@@ -68,8 +69,8 @@ class SharedDiscreteCVAE(DiscreteUse):
         prefix_length: m, tokens of a latent in the slot; y stands m + 2 tokens later than in the entangled model's
             record, so train that with a ``max_gap`` of at least m + 2.
         norm_dim: size of the vector of a latent that conditions the norm layers (not with ``branch_method: grouped``,
-            nor under gradient checkpointing); 0 = none. The exported language model does without them, so keep the
-            checkpoint.
+            nor under gradient checkpointing); 0 = none. ``load_export`` attaches them to an exported folder again.
+        seeding: where the latents start: at clusters of the entangled model's own solutions; null = at random.
 
     Raises:
         ValueError: for fewer than two latents, a temperature <= 0, a length or size out of range, or an entangled model
@@ -100,6 +101,7 @@ class SharedDiscreteCVAE(DiscreteUse):
         baseline_cache: bool | str = True,
         prefix_length: int = 1,
         norm_dim: int = 0,
+        seeding: LatentSeeding | None = None,
     ) -> None:
         if num_latents < 2:
             raise ValueError(f"num_latents must be at least 2 for z to mean anything, got {num_latents}")
@@ -137,6 +139,15 @@ class SharedDiscreteCVAE(DiscreteUse):
             self.latent_vectors = nn.Embedding(num_latents, norm_dim)
         self.norms = LatentNorms(self.lm, norm_dim) if norm_dim else None  # after the copy of lm
         self.metrics = DiscreteMetrics(num_latents)
+        self.seeding = seeding
+        if seeding is not None:
+            if not self.uses_posterior_network:
+                raise ValueError(
+                    "seeding teaches the posterior network, and nothing keeps it up to date: add a "
+                    "PosteriorDistillationLoss, or set posterior to amortized"
+                )
+            self.register_buffer("seeded", torch.tensor(False))
+            self.seeded: Tensor
 
     @property
     def uses_posterior_network(self) -> bool:
@@ -216,6 +227,9 @@ class SharedDiscreteCVAE(DiscreteUse):
             assert amortized_log_probs is not None
             return amortized_log_probs
         log_q = exact_posterior(router_log_probs, token_nll.sum(-1), self.posterior_temperature)
+        share = self.seed_share
+        if share > 0 and amortized_log_probs is not None:
+            return (share * amortized_log_probs.detach() + (1 - share) * log_q).log_softmax(-1)
         if not (self.lm.training and has_dropout(self.lm)):
             return log_q
         with torch.no_grad(), evaluating(self.lm):
@@ -223,6 +237,25 @@ class SharedDiscreteCVAE(DiscreteUse):
             clean_nll, _ = self.generator(branches, batch, need_jsd=False)
             clean = exact_posterior(self.router(branches), clean_nll.sum(-1), self.posterior_temperature)
         return log_q + (clean - log_q.detach())
+
+    @property
+    def seed_share(self) -> float:
+        """Share of the seeded posterior network in the exact posterior; 0 outside the first steps of training."""
+        if not self.training or self.seeding is None or not (share := self.seeding.share(self.global_step)):
+            return 0.0
+        return share if bool(self.seeded) else 0.0
+
+    def on_train_start(self) -> None:
+        """Let the seeding say where the latents start, before the first step, unless a checkpoint has said it."""
+        if self.seeding is not None and self.global_step == 0 and not bool(self.seeded):
+            self.seeded.fill_(self.seeding.start(self))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Load what was trained with a seeding where the config has none, and the other way round."""
+        if self.seeding is None:
+            checkpoint["state_dict"].pop("seeded", None)
+        else:
+            checkpoint["state_dict"].setdefault("seeded", torch.tensor(False))
 
     # Metrics.
 

@@ -1,4 +1,4 @@
-"""What a trained Gaussian latent is used for: routing, inference and generation from texts."""
+"""What a trained Gaussian latent is used for: routing, inference, scoring and generation from texts."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from cvae_lightning.backbones.branches import BranchOutput
 from cvae_lightning.backbones.causal_lm import evaluating
 from cvae_lightning.backbones.conditioning import LatentNorms, LatentPrefix
-from cvae_lightning.modules.base import CVAEModule
-from cvae_lightning.outputs import PairBatch, Record
+from cvae_lightning.backbones.generation import expansion
+from cvae_lightning.functional import gaussian_sample, importance_weighted_evidence
+from cvae_lightning.modules.text_use import TextUse, check_texts, rounded
+from cvae_lightning.outputs import PairBatch
 
 
-class GaussianUse(CVAEModule):
+class GaussianUse(TextUse):
     """The part of a continuous CVAE that takes and gives texts."""
 
     latent_dim: int
+    num_eval_samples: int
     prefix: LatentPrefix
     norms: LatentNorms | None
 
@@ -39,33 +43,111 @@ class GaussianUse(CVAEModule):
     def latent_vectors(self, latents: Tensor) -> Tensor:
         """Return what stands in the latent slot, [..., m, E]."""
 
+    @abstractmethod
+    def encode(self, batch: PairBatch, latents: Tensor) -> BranchOutput:
+        """Run the shared prefix ``<bos> <x> x </x> <z>`` and a branch behind it for each latent [B, S, D]."""
+
+    @abstractmethod
+    def generator(self, hidden: Tensor, batch: PairBatch, need_jsd: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Return -log p(y_t|x,z_s,y_<t), [B, S, T], and the inter-latent JSD, [B, T], if asked for."""
+
+    @staticmethod
+    @abstractmethod
+    def log_ratio(z: Tensor, p: tuple[Tensor, Tensor], q: tuple[Tensor, Tensor], own: int) -> Tensor:
+        """Return log p(z|x) - log r(z), [B, S], for samples of which ``own`` come from q and the others from p."""
+
     @torch.no_grad()
-    def route(self, x: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def route(self, x: Sequence[str], batch_size: int = 256) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance of p(z|x) for texts x, [len(x), D] each, on the CPU."""
-        batch = self.template.collate([Record(text, "") for text in x]).to(self.device)
-        with evaluating(self):
-            mean, logvar = self.router(self.read_prompt(batch))
-        return mean.cpu(), logvar.cpu()
+        rows = [(torch.empty(0, self.latent_dim),) * 2]
+        for batch in self.text_batches(x, None, batch_size):
+            with evaluating(self):
+                mean, logvar = self.router(self.read_prompt(batch))
+            rows.append((mean.cpu(), logvar.cpu()))
+        return torch.cat([mean for mean, _ in rows]), torch.cat([logvar for _, logvar in rows])
 
     @torch.no_grad()
-    def infer(self, x: Sequence[str], y: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def infer(self, x: Sequence[str], y: Sequence[str], batch_size: int = 32) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance of q(z|x,y) for solved problems, [len(x), D] each, on the CPU."""
-        batch = self.template.collate([Record(*pair) for pair in zip(x, y, strict=True)]).to(self.device)
-        with evaluating(self):
-            mean, logvar = self.posterior(batch)
-        return mean.cpu(), logvar.cpu()
+        rows = [(torch.empty(0, self.latent_dim),) * 2]
+        for batch in self.text_batches(x, y, batch_size):
+            with evaluating(self):
+                mean, logvar = self.posterior(batch)
+            rows.append((mean.cpu(), logvar.cpu()))
+        return torch.cat([mean for mean, _ in rows]), torch.cat([logvar for _, logvar in rows])
 
-    def generate(self, x: Sequence[str], z: Tensor | Literal["router", "mean"] = "router", **options: Any) -> list[str]:
-        """Return one y per x.
+    def log_evidence(
+        self,
+        x: Sequence[str],
+        y: Sequence[str],
+        num_samples: int | None = None,
+        generator_seed: int = 0,
+        batch_size: int = 16,
+    ) -> Tensor:
+        """Return an importance-weighted estimate of log p(y|x) for solved problems, [len(x)] nats, on the CPU.
+
+        It is a lower bound in expectation, tighter with more samples. y counts with its end: ``</y>`` and ``<eos>``.
+
+        Args:
+            x: inputs.
+            y: their solutions.
+            num_samples: samples of z from the posterior, and as many from the router; None = ``num_eval_samples``.
+            generator_seed: the samples of a record are a function of this seed and of its place among the records.
+            batch_size: records at a time.
+
+        Raises:
+            ValueError: if ``num_samples`` is below 1.
+        """
+        samples = self.num_eval_samples if num_samples is None else num_samples
+        if samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {samples}")
+        rows, done = [torch.empty(0)], generator_seed
+        for batch in self.text_batches(x, y, batch_size):
+            rows.append(self._evidence(batch, samples, range(done, done + len(batch)))["log_evidence"].cpu())
+            done += len(batch)
+        return torch.cat(rows)
+
+    @torch.no_grad()
+    def _evidence(
+        self, batch: PairBatch, samples: int, seeds: Sequence[int], z: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Return the evidence of a batch with its error, [B] each, q, and log p(y|x,z) of one more z [B, D], if given.
+
+        The samples of a row are drawn from its seed, on the CPU: whatever stands beside it, and on any device.
+        """
+        with evaluating(self):
+            q, p = self.posterior(batch), self.router(self.read_prompt(batch))
+            drawn = []
+            with torch.random.fork_rng([]):
+                for i, seed in enumerate(seeds):
+                    torch.default_generator.manual_seed(seed)
+                    for (mean, logvar), coupled in ((q, False), (p, True)):
+                        one = mean[i : i + 1].cpu(), logvar[i : i + 1].cpu()
+                        drawn.append(gaussian_sample(*one, samples, coupled))
+            both = torch.cat(drawn, 1).unflatten(1, (len(batch), 2 * samples))[0].to(self.device)  # [B, 2 S, D]
+            latents = both if z is None else torch.cat([both, z[:, None].to(both)], 1)
+            nll = self.generator(self.encode(batch, latents).hidden, batch)[0].sum(-1)
+        log_weights = self.log_ratio(both, p, q, samples) - nll[:, : 2 * samples]
+        evidence, error = importance_weighted_evidence(log_weights)
+        found = {"log_evidence": evidence, "log_evidence_error": error}
+        found |= {"posterior_mean": q[0], "posterior_logvar": q[1]}
+        return found if z is None else found | {"log_likelihood": -nll[:, -1]}
+
+    def generate(self, x: Sequence[str], z: Tensor | Literal["router", "mean"] = "router", **options: Any) -> list[Any]:
+        """Return one y per x; a list of them where several are asked for.
 
         Args:
             x: inputs.
             z: latents [len(x), D], one latent [D] for all, ``router`` to sample from p(z|x), or ``mean`` of p(z|x).
-            options: ``do_sample``, ``temperature``, ``max_new_tokens``, ``generator_seed``, ``batch_size``.
+            options: ``generator_seed``, ``batch_size`` (rows of the model's batch), and those of transformers'
+                ``GenerationConfig``: ``max_new_tokens``, ``do_sample``, ``temperature``, ``top_p``, ``num_beams``,
+                ``repetition_penalty`` (of what y itself holds), ``num_return_sequences`` (a list of y in the place of
+                each y) ... Greedy texts and plain samples are the fastest.
 
         Raises:
-            ValueError: if the latents have another shape.
+            ValueError: if the latents have another shape, or an option is wrong.
         """
+        check_texts(x, "x")
         if not len(x):
             return []
         latents = self._latents(x, z, options.get("generator_seed")).to(self.device)
@@ -77,7 +159,8 @@ class GaussianUse(CVAEModule):
             vectors = self.latent_vectors(latents[rows]).to(embedded.dtype)
             end = embedded.shape[1] - 2
             if self.norms is not None:
-                self.norms.condition(latents[rows], end - vectors.shape[1])
+                wide = latents[rows].repeat_interleave(expansion(options), 0)
+                self.norms.condition(wide, end - vectors.shape[1])
             return torch.cat([embedded[:, : end - vectors.shape[1]], vectors, embedded[:, end:]], 1)
 
         with torch.no_grad(), nullcontext() if self.norms is None else self.norms.given(None):
@@ -100,17 +183,26 @@ class GaussianUse(CVAEModule):
     def predict_step(self, batch: PairBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Return one row per record: x, the router's Gaussian, a z drawn from it, and the greedy y under that z.
 
-        The draw is a function of the record's index. (The router's mean is no good z where its mass lies around it.)
+        Where the record holds a solution, ``target`` is this solution, ``log_likelihood`` its log p(y|x,z),
+        ``posterior_mean`` and ``posterior_logvar`` its q(z|x,y), and ``log_evidence`` an importance-weighted estimate
+        of its log p(y|x) with its standard error, in nats; else they are None. Whatever is drawn is a function of the
+        record's index. (The router's mean is no good z where its mass lies around it.)
         """
         x, indices = list(batch.x), batch.index.tolist()
         mean, logvar = self.route(x)
         draws = [torch.randn(self.latent_dim, generator=torch.Generator().manual_seed(i)) for i in indices]
         z = mean + (0.5 * logvar).exp() * torch.stack(draws)
         columns = {"z": z, "router_mean": mean, "router_logvar": logvar}
-        rows = zip(indices, x, self.generate(x, z), strict=True)
-        return [
-            {"index": i, "x": a}
-            | {name: [round(v, 6) for v in values[n].tolist()] for name, values in columns.items()}
-            | {"y": y}
-            for n, (i, a, y) in enumerate(rows)
+        rows = [
+            {"index": i, "x": a} | {name: rounded(values[n]) for name, values in columns.items()} | {"y": y}
+            for n, (i, a, y) in enumerate(zip(indices, x, self.generate(x, z), strict=True))
         ]
+        known: dict[str, Tensor] = {}
+        if any(batch.y):
+            self.check_positions(batch)
+            known = self._evidence(batch, self.num_eval_samples, indices, z)
+        names = ("log_likelihood", "posterior_mean", "posterior_logvar", "log_evidence", "log_evidence_error")
+        for n, (row, y) in enumerate(zip(rows, batch.y, strict=True)):
+            row["target"] = y or None
+            row |= {name: rounded(known[name][n]) if y else None for name in names}
+        return rows

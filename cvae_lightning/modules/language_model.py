@@ -27,7 +27,7 @@ from cvae_lightning.functional import latent_token_stats
 from cvae_lightning.outputs import PairBatch
 from cvae_lightning.spec import HasSpec, to_plain
 from cvae_lightning.template import PromptTemplate
-from cvae_lightning.trust import check_class_paths
+from cvae_lightning.trust import find_class, read_checkpoint, rebuild
 
 
 class LanguageModule(HasSpec, L.LightningModule):
@@ -97,26 +97,33 @@ class LanguageModule(HasSpec, L.LightningModule):
         hidden = read_hidden(decoder_of(lm), ids, mask, offset)[:, width:]  # [B, T, D]
         return token_stats(hidden[:, None], head_of(lm), batch, need_jsd=False)[0][:, 0]
 
-    def generate_from(self, xs: Sequence[str], section: Sequence[Sequence[int]], **options: Any) -> list[str]:
+    def generate_from(self, xs: Sequence[str], section: Sequence[Sequence[int]], **options: Any) -> list[Any]:
         """Continue ``<bos> <x> x </x> section <y>`` for each x; see :meth:`generate` of the subclasses.
 
         ``embed`` turns prompt ids [N, L] of these rows of ``xs`` into input embeddings, where a latent is a vector; or
         returns them as they are, where it only tells the norms the latents of these rows.
         ``branches`` [K, S] are ids behind the section, instead of ``<y>``: K continuations in a row for each x.
+        With ``num_return_sequences`` above 1 each of these is a list of texts.
         """
-        from cvae_lightning.backbones.generation import generate_ids
+        from cvae_lightning.backbones.generation import check_options, expansion, generate_ids
 
         batch_size: int = options.pop("batch_size", 256)
         limit: int | None = options.pop("max_new_tokens", None)
         embed: Callable[[Tensor, slice], Tensor] | None = options.pop("embed", None)
         branches: Tensor | None = options.pop("branches", None)
         seed: int | None = options.pop("generator_seed", None)
+        shrink: bool = options.pop("shrink", True)
+        options = {name: value for name, value in options.items() if value is not None}
+        check_options(options | ({} if limit is None else {"max_new_tokens": limit}))
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        wide, several = expansion(options), options.get("num_return_sequences") or 1
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
         m = self.template.marker_ids
         banned = torch.tensor([m[t] for t in m if t != "</y>"] + self.template.all_latent_ids, device=self.device)
         texts: list[str] = []
         with evaluating(self):
-            size = batch_size if branches is None else max(1, batch_size // len(branches))
+            size = max(1, batch_size // (wide * (1 if branches is None else len(branches))))
             for start in range(0, len(xs), size):
                 rows = slice(start, start + size)
                 ids, mask = self.template.prefixes(xs[rows])
@@ -134,26 +141,45 @@ class LanguageModule(HasSpec, L.LightningModule):
                     generator=generator,
                     banned=banned,
                     branches=branches,
+                    shrink=shrink,
+                    tokenizer=self.template.tokenizer,
                     **options,
                 )
                 texts += self.template.decode(produced.cpu())
-        return texts
+        return texts if several == 1 else [texts[i : i + several] for i in range(0, len(texts), several)]
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a checkpoint without running code that it names: weights only, and classes only of imported modules.
+    def load_from_checkpoint(
+        cls, checkpoint_path: Any, map_location: Any = None, strict: bool = True, **kwargs: Any
+    ) -> Any:
+        """Load a checkpoint without running code that it names: weights only, and components of imported modules only.
 
         Args:
             checkpoint_path: the file.
-            args, kwargs: as for ``LightningModule.load_from_checkpoint``.
+            map_location: device, as for ``torch.load``; None = the device that it was saved from, where there is one.
+            strict: whether the weights must be exactly those of the model.
+            kwargs: arguments of the model in place of those that the checkpoint remembers.
 
         Raises:
-            ValueError: if its hyperparameters name a class of a module that is not imported.
+            ValueError: if it is no checkpoint of this class, or names a class of a module that is not imported.
         """
-        kwargs["weights_only"] = True
-        stored = torch.load(checkpoint_path, map_location="meta", weights_only=True)
-        check_class_paths(stored.get(cls.CHECKPOINT_HYPER_PARAMS_KEY), str(checkpoint_path))
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        for ignored in ("weights_only", "hparams_file"):
+            kwargs.pop(ignored, None)
+        source = str(checkpoint_path)
+        stored = read_checkpoint(checkpoint_path, map_location or (None if torch.cuda.is_available() else "cpu"))
+        remembered = stored.get(cls.CHECKPOINT_HYPER_PARAMS_KEY) or {}
+        if not isinstance(remembered, dict) or not isinstance(stored.get("state_dict"), dict):
+            raise ValueError(f"cannot read checkpoint {source}: expected hyper_parameters and state_dict as mappings")
+        path = remembered.get("_class_path")
+        target = cls if path is None else find_class(path, cls, source)
+        own = {key: value for key, value in remembered.items() if key not in ("_class_path", "_instantiator", *kwargs)}
+        try:
+            model = target(**rebuild(own, source), **kwargs)
+        except (TypeError, AttributeError, KeyError) as error:
+            raise ValueError(f"{source} does not describe a {target.__name__}: {error}") from error
+        model.on_load_checkpoint(stored)
+        model.load_state_dict(stored["state_dict"], strict=strict)
+        return model.to(next((value.device for value in stored["state_dict"].values()), "cpu"))
 
     @property
     def max_new_tokens(self) -> int:

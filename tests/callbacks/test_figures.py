@@ -117,6 +117,22 @@ def test_empty_contribution_stack_and_distance_heatmap():
     pixels(fig)
 
 
+@pytest.mark.parametrize("count", [2, 4, 40])
+def test_seed_scatter_shows_every_point_in_the_colour_of_its_latent(count):
+    clusters = np.concatenate([np.arange(count), RANDOM.integers(count, size=300)])
+    points = RANDOM.normal(size=(len(clusters), 2)) + clusters[:, None]
+    fig = figures.seed_scatter(points, clusters)
+    (dots,) = fig.axes[0].collections
+    shown = {(*at, *colour[:3]) for at, colour in zip(dots.get_offsets(), dots.get_facecolors(), strict=True)}
+    patches = fig.legends[0].get_patches()
+    colours = [patch.get_facecolor()[:3] for patch in patches]
+    assert len(set(colours)) == count
+    assert shown == {(*at, *colours[k]) for at, k in zip(points, clusters, strict=True)}
+    texts = [t.get_text() for t in fig.legends[0].get_texts()]
+    assert texts == [f"z{k}  {(clusters == k).sum()}" for k in range(count)]
+    assert 600 <= pixels(fig)[0] <= 900
+
+
 def test_no_global_pyplot_state():
     figures.latent_distance_heatmap(np.zeros((2, 2)))
     assert pyplot.get_fignums() == []

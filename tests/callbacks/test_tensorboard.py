@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from callback_fakes import FakeData, FakeModule, MirrorTask, make_trainer
@@ -144,6 +146,38 @@ def test_module_without_metrics_or_labels(tmp_path):
     trainer = make_trainer(StrategyEvaluation(), TensorBoardFigures(), logger=logger, max_epochs=1)
     trainer.fit(FakeModule(), FakeData(None))
     assert read(logger.log_dir).Tags()["images"] == ["val/figures/latent_distance"]
+
+
+class SeededModule(FakeModule):
+    """Seeds its latents where a fit starts, unless a run before has done so."""
+
+    def __init__(self, seeding):
+        super().__init__()
+        self.seeding = seeding
+
+    def on_train_start(self):
+        if self.seeding is not None and self.global_step == 0:
+            self.seeding.points, self.seeding.clusters = torch.randn(9, 2), torch.arange(9) % 3
+
+
+@pytest.mark.parametrize("seeds", [True, False])
+def test_seeds_are_drawn_once_and_where_there_are_some(tmp_path, seeds):
+    logger = TensorBoardLogger(tmp_path, default_hp_metric=False)
+    module = SeededModule(SimpleNamespace(points=None, clusters=None) if seeds else None)
+    options = {"logger": logger, "max_epochs": 2, "limit_val_batches": 0}
+    trainer = make_trainer(TensorBoardFigures(), **options)
+    trainer.fit(module, FakeData())
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    assert read(logger.log_dir).Tags()["images"] == ["train/figures/seeds"] * seeds
+    if not seeds:
+        return
+    images = read(logger.log_dir).Images("train/figures/seeds")
+    assert [image.step for image in images] == [0]
+    assert images[0].encoded_image_string.startswith(b"\x89PNG")
+    module.seeding.points = None
+    resumed = make_trainer(TensorBoardFigures(), **options | {"max_epochs": 3})
+    resumed.fit(module, FakeData(), ckpt_path=tmp_path / "run.ckpt")
+    assert len(read(logger.log_dir).Images("train/figures/seeds")) == 1
 
 
 def test_text_is_escaped():

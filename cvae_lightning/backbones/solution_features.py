@@ -1,0 +1,113 @@
+"""What a causal LM does while it writes a solution: its hidden states, and where it looks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cvae_lightning.backbones.branch_choice import attends_only
+from cvae_lightning.backbones.causal_lm import decoder_of, evaluating
+from cvae_lightning.outputs import PairBatch
+from cvae_lightning.template import PromptTemplate
+
+MAX_LAYERS = 8
+SEGMENTS = 3
+"""Parts of y, of equal length, that are averaged apart: procedures differ in their order."""
+PLACES = 24
+"""Parts of the prefix whose share of the attention is told apart; each a token where it has no more tokens."""
+OFFSETS = 16
+"""Tokens back from the one that looks, itself included, whose share of the attention is told apart."""
+
+
+@torch.no_grad()
+def solution_features(
+    lm: Any, template: PromptTemplate, records: Sequence[Any], batch_size: int = 256
+) -> dict[str, Tensor]:
+    """Return two views of every record, averaged over the tokens of each third of y.
+
+    ``hidden``: the hidden states at the tokens of y, for up to 8 evenly spaced layers, embeddings and the last among
+    them. ``attention``: the share of every head's attention that goes to each place of the prefix, and so many tokens
+    back, when a token of y is predicted: what is read, whatever is written there. Families that do not only attend
+    have no such view.
+
+    Args:
+        lm: a causal LM.
+        template: renders the z-free records.
+        records: the ``Record``s; their x and y are read.
+        batch_size: records read at a time.
+
+    Returns:
+        ``hidden`` [N, layers, 3 D] and ``attention`` [N, 1, 3 layers heads (24 + 16)], fp32, on the CPU.
+    """
+    device = lm.get_input_embeddings().weight.device
+    parts: dict[str, list[Tensor]] = {}
+    with evaluating(lm), _readable_attention(lm) as readable:
+        for start in range(0, len(records), batch_size):
+            batch = template.collate(records[start : start + batch_size]).to(device)
+            y_open = torch.full_like(batch.y_ids[:, :1], template.marker_ids["<y>"])
+            ids = torch.cat([batch.prefix_ids, y_open, batch.y_ids], -1)
+            mask = torch.cat([batch.prefix_mask, torch.ones_like(batch.y_mask[:, :1]), batch.y_mask], -1)
+            output = decoder_of(lm)(
+                input_ids=ids,
+                attention_mask=mask.long(),
+                position_ids=(mask.long().cumsum(-1) - 1).clamp_min(0),
+                output_hidden_states=True,
+                output_attentions=readable,
+                use_cache=False,
+            )
+            weights = segment_weights(batch.y_mask)  # [B, 3, T]
+            width = batch.y_ids.shape[1]
+            hidden = torch.stack([h[:, -width:].float() for h in evenly(output.hidden_states)], 1)
+            views = {"hidden": torch.einsum("bst,bltd->blsd", weights, hidden).flatten(2)}
+            if readable:
+                looks = [_looks(a.float(), batch) for a in evenly(output.attentions)]  # [B, heads, T, 40] each
+                views["attention"] = torch.einsum("bst,bhtp->bshp", weights, torch.cat(looks, 1)).flatten(1)[:, None]
+            for name, view in views.items():
+                parts.setdefault(name, []).append(view.cpu())
+    return {name: torch.cat(views) for name, views in parts.items()}
+
+
+def segment_weights(mask: Tensor) -> Tensor:
+    """Return weights [B, 3, T] that average over each third of the True places of ``mask`` [B, T]."""
+    place = mask.long().cumsum(-1) - 1
+    third = (place * SEGMENTS) // mask.sum(-1, keepdim=True).clamp_min(1)  # [B, T]
+    member = (third[:, None] == torch.arange(SEGMENTS, device=mask.device)[:, None]) & mask[:, None]
+    return member / member.sum(-1, keepdim=True).clamp_min(1)
+
+
+def evenly(layers: Sequence[Tensor]) -> list[Tensor]:
+    """Return up to 8 of the layers, evenly spaced, both ends among them."""
+    return [layers[i] for i in torch.linspace(0, len(layers) - 1, min(len(layers), MAX_LAYERS)).round().long().tolist()]
+
+
+def _looks(attention: Tensor, batch: PairBatch) -> Tensor:
+    """Return shares of attention [B, H, T, 40] at the tokens that predict y, from attention weights [B, H, L, L]."""
+    prefix, tokens = batch.prefix_ids.shape[1], batch.y_ids.shape[1]
+    queries = attention[:, :, prefix : prefix + tokens]  # <y> and all of y but its last token
+    mask = batch.prefix_mask
+    place = ((mask.long().cumsum(-1) - 1).clamp_min(0) * PLACES) // mask.sum(-1, keepdim=True).clamp_min(PLACES)
+    member = F.one_hot(place, PLACES).to(queries.dtype) * mask[..., None]  # [B, P, 24]
+    index = torch.arange(prefix, prefix + tokens, device=mask.device)[:, None] - torch.arange(
+        OFFSETS, device=mask.device
+    )
+    back = queries.gather(-1, index.clamp_min(0).expand(*queries.shape[:2], -1, -1)) * (index >= prefix)
+    return torch.cat([torch.einsum("bhtp,bpc->bhtc", queries[..., :prefix], member), back], -1)
+
+
+@contextmanager
+def _readable_attention(lm: Any) -> Iterator[bool]:
+    """Within this context attention weights can be asked for; False where the family does not only attend."""
+    if not attends_only(lm):
+        yield False
+        return
+    before = lm.config._attn_implementation
+    lm.set_attn_implementation("eager")
+    try:
+        yield True
+    finally:
+        lm.set_attn_implementation(before)

@@ -1,0 +1,262 @@
+"""LatentSeeding: where the latents start, read off the entangled model's own solutions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from cvae_lightning.backbones.causal_lm import evaluating
+from cvae_lightning.backbones.generation import generate_ids
+from cvae_lightning.backbones.solution_features import solution_features
+from cvae_lightning.outputs import Record
+from cvae_lightning.spec import HasSpec
+from cvae_lightning.template import PromptTemplate
+
+if TYPE_CHECKING:
+    from cvae_lightning.modules.discrete import SharedDiscreteCVAE
+
+BATCH = 512  # solutions generated or read at a time
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """A division of solutions: labels [N], points [N, 2] to draw, I(z; y|x) in nats, and the view it was found in."""
+
+    labels: Tensor
+    points: Tensor
+    information: float
+    view: str
+
+
+class LatentSeeding(HasSpec):
+    """Starts the latents at the clusters of the entangled model's own solutions, before the first step.
+
+    The free energy has as many minima as there are ways to permute the latents for some of the inputs: each input is
+    divided cleanly, but latent k means one strategy here and another there. Which one training falls into is decided
+    in its first steps, by what the first token of y happens to be. So they are not left to chance:
+
+    1. The entangled model solves each of ``num_inputs`` training inputs ``num_solutions`` times.
+    2. What it does meanwhile, its hidden states and where it looks, less the mean over the solutions *of the same x*,
+       keeps what differs between solutions of one input and loses the input itself. A strategy shifts it in the same
+       direction for every x.
+    3. k-means with K clusters divides them, in the view that tells most about y given x; the posterior network learns
+       (x, y) -> cluster in ``posterior_steps``.
+    4. In the first ``hold_steps`` training steps the objective is weighed by that posterior, fading into the module's
+       own over the second half of them; from then on the seeds play no part.
+
+    No label is used, and nothing but inputs is read from the data. Source: this package; the within-input centring is
+    the fixed-effects estimator (Mundlak 1978, doi 10.2307/1913646).
+
+    Args:
+        num_inputs: training records whose inputs are solved, each input once.
+        num_solutions: solutions drawn for each of them, at least 2; a few times K.
+        posterior_steps: optimizer steps of 64 solutions for the posterior network.
+        hold_steps: training steps over which the seeds fade.
+        seed: of sampling and clustering.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    def __init__(
+        self,
+        num_inputs: int = 256,
+        num_solutions: int = 16,
+        posterior_steps: int = 100,
+        hold_steps: int = 60,
+        seed: int = 0,
+    ) -> None:
+        for name, value, least in (
+            ("num_inputs", num_inputs, 1),
+            ("num_solutions", num_solutions, 2),
+            ("posterior_steps", posterior_steps, 1),
+            ("hold_steps", hold_steps, 1),
+        ):
+            if value < least:
+                raise ValueError(f"seeding.{name} must be at least {least}, got {value}")
+        self.num_inputs = num_inputs
+        self.num_solutions = num_solutions
+        self.posterior_steps = posterior_steps
+        self.hold_steps = hold_steps
+        self.seed = seed
+        self.points: Tensor | None = None
+        """What was clustered, its first two principal components, [N, 2]; for pictures."""
+        self.clusters: Tensor | None = None
+        """Their clusters, [N]."""
+
+    def share(self, step: int) -> float:
+        """Return the share of the seeded posterior in the one that weighs the objective: 1, then falling to 0."""
+        return max(0.0, min(1.0, 2 * (1 - step / self.hold_steps)))
+
+    def start(self, module: SharedDiscreteCVAE) -> bool:
+        """Seed on rank zero and give every rank the result; return whether there are seeds.
+
+        Raises:
+            ValueError: if the data module has no records to take inputs from, or the entangled model is not at hand.
+        """
+        if not hasattr(getattr(module.trainer, "datamodule", None), "records"):
+            raise ValueError("seeding takes inputs from data.records('train'): give a data module that has records")
+        if not module.has_reference:
+            raise ValueError(
+                "seeding lets the entangled model solve inputs, but this module was restored from a checkpoint alone: "
+                "give model.entangled as a folder or hub name, or set model.seeding to null"
+            )
+        found = False
+        if module.trainer.is_global_zero:
+            devices = [module.device] if module.device.type == "cuda" else []
+            with torch.random.fork_rng(devices):
+                torch.manual_seed(self.seed)
+                found = self.seed_posterior(module)
+        network = module.posterior_network
+        state = {name: value.cpu() for name, value in network.state_dict().items()}
+        found, state = module.trainer.strategy.broadcast((found, state))
+        network.load_state_dict(state)
+        return found
+
+    def seed_posterior(self, module: SharedDiscreteCVAE) -> bool:
+        """Teach the posterior network the clusters; return False where all solutions of an input are alike.
+
+        Raises:
+            ValueError: if a record is longer than the model can read.
+        """
+        records: Sequence[Record] = module.trainer.datamodule.records("train")  # type: ignore[attr-defined]
+        every = (records[i] for i in range(len(records)))
+        given = list(islice((r for r in every if not module.template.overflows([r])[0]), self.num_inputs))
+        module.check_positions(module.template.collate(given))
+        xs = list(dict.fromkeys(record.x for record in given))
+        solutions = self.solve(module, xs, given)
+        found = None
+        if len({(solution.x, solution.y) for solution in solutions}) > len(xs):
+            features = solution_features(module.reference(), unlimited(module.template), solutions, BATCH // 2)
+            centred = {name: self.centre(view) for name, view in features.items()}
+            found = cluster(centred, module.num_latents, self.num_solutions, self.seed)
+        if found is None:
+            rank_zero_warn(
+                "seeding found fewer than K different solutions: the entangled model solves every input in one way, "
+                "or the solutions were cut off. Training starts without seeds."
+            )
+            return False
+        self.clusters, self.points = found.labels, found.points
+        sizes = torch.bincount(self.clusters, minlength=module.num_latents).tolist()
+        rank_zero_info(
+            f"seeding: {len(solutions)} solutions in clusters of {', '.join(map(str, sizes))} by {found.view}; "
+            f"I(z; y|x) = {found.information:.3f} nats"
+        )
+        self.teach(module, solutions, self.clusters)
+        return True
+
+    def centre(self, features: Tensor) -> Tensor:
+        """Return features [N * M, layers, D] less their mean over the M solutions of an input, [N * M, layers * D].
+
+        Every layer is scaled to unit mean square, so that none outweighs the others. One that is the same for all
+        solutions of an input, as embeddings are of the same tokens in another order, differs by rounding errors: zero.
+        """
+        rows = features.unflatten(0, (-1, self.num_solutions))
+        centred = (rows - rows.mean(1, keepdim=True)).flatten(0, 1)
+        size, scale = (t.square().sum(-1).mean(0).sqrt() for t in (features, centred))  # [layers]
+        scaled = centred / scale.clamp_min(1e-12)[:, None]
+        return scaled.where((scale > 1e-5 * size)[:, None], 0.0).flatten(1)
+
+    def solve(self, module: SharedDiscreteCVAE, xs: Sequence[str], given: Sequence[Record]) -> list[Record]:
+        """Return ``num_solutions`` solutions of each x in a row, drawn from the entangled model."""
+        template, reference = module.template, module.reference()
+        longest = max(len(y) for _, y in template.segments(given))
+        generator = torch.Generator(module.device).manual_seed(self.seed)
+        markers = template.marker_ids
+        rows = reference.get_output_embeddings().weight.shape[0]  # a padded table has some for the latents too
+        latents = [i for i in template.all_latent_ids if i < rows]
+        banned = torch.tensor([markers[t] for t in markers if t != "</y>"] + latents, device=module.device)
+        behind = 2 + len(template.eos)  # <y>, and what closes a solution that is cut off
+        branch = torch.tensor([[markers["<y>"]]], device=module.device).expand(self.num_solutions, 1)
+        texts: list[str] = []
+        with evaluating(reference):
+            for some in progress(xs, max(1, BATCH // self.num_solutions), "seeding: solutions"):
+                ids, mask = (t.to(module.device) for t in template.prefixes(some))
+                room = (getattr(reference.config, "max_position_embeddings", None) or 2**31) - ids.shape[1] - behind
+                ys = generate_ids(
+                    reference,
+                    ids,
+                    mask,
+                    template.end_id,
+                    max(1, min(longest + 8, room)),
+                    do_sample=True,
+                    generator=generator,
+                    banned=banned,
+                    branches=branch,
+                )
+                texts += template.decode(ys.cpu())
+        repeated = (x for x in xs for _ in range(self.num_solutions))
+        return [Record(x, y, index=i) for i, (x, y) in enumerate(zip(repeated, texts, strict=True))]
+
+    def teach(self, module: SharedDiscreteCVAE, solutions: Sequence[Record], clusters: Tensor) -> None:
+        """Fit the posterior network to the clusters by cross-entropy."""
+        parameters = [p for p in module.posterior_network.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=module.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+        source = torch.Generator().manual_seed(self.seed)
+        template = unlimited(module.template)
+        for _ in progress(range(self.posterior_steps), 1, "seeding: posterior"):
+            rows = torch.randint(len(solutions), (64,), generator=source).tolist()
+            batch = template.collate([solutions[i] for i in rows]).to(module.device)
+            loss = nn.functional.nll_loss(module.amortized_posterior(batch), clusters[rows].to(module.device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        optimizer.zero_grad()
+
+
+def unlimited(template: PromptTemplate) -> PromptTemplate:
+    """Return the template without its limit of length, which is that of records."""
+    template = copy(template)
+    template.max_length = None
+    return template
+
+
+def cluster(views: Mapping[str, Tensor], count: int, group: int, seed: int) -> Clusters | None:
+    """Return the k-means clusters of centred points that tell most about the solution of a given input.
+
+    Several views, numbers of principal components and degrees of whitening are tried. Labels z with the largest
+    I(z; y|x) = H(z|x), the mean entropy of the labels of one input, win: a division by what is in x, or by what only
+    some inputs have, leaves the solutions of an input in few clusters.
+
+    Args:
+        views: [N * M, F] each, M solutions of an input in a row.
+        count: K clusters.
+        group: M.
+        seed: of k-means.
+
+    Returns:
+        None where fewer than K points differ.
+    """
+    from sklearn.cluster import KMeans
+
+    best: Clusters | None = None
+    for name, points in views.items():
+        width = min(4 * count, *points.shape)
+        left, scale, _ = torch.pca_lowrank(points, min(width + 8, *points.shape), center=False, niter=4)
+        components = (left * scale)[:, :width].cpu()  # [N * M, C]
+        if len(components.round(decimals=4).unique(dim=0)) < count:
+            continue
+        for size in sorted({min(2 * count, width), width}):
+            for power in (0.0, 0.5, 1.0):
+                scaled = components[:, :size] / scale[:size].cpu().clamp_min(1e-6 * float(scale[0])) ** power
+                labels = KMeans(count, n_init=5, random_state=seed % 2**32).fit(scaled.numpy()).labels_
+                z = torch.as_tensor(labels, dtype=torch.int64)
+                shares = nn.functional.one_hot(z, count).float().unflatten(0, (-1, group)).mean(1)  # [inputs, K]
+                information = float(torch.special.entr(shares).sum(-1).mean())
+                if best is None or information > best.information:
+                    best = Clusters(z, components[:, :2], information, name)
+    return best
+
+
+def progress(items: Sequence[Any], size: int, title: str) -> Iterator[Any]:
+    """Yield slices of ``items`` under a progress bar, which vanishes when it is done."""
+    for start in tqdm(range(0, len(items), size), desc=title, leave=False, disable=None):
+        yield items[start : start + size]

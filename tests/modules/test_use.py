@@ -1,0 +1,127 @@
+"""Inference and scoring of texts by trained latents, against loops over the model's own forward pass."""
+
+import pytest
+import torch
+from tiny import RECORDS, tiny_artifact
+
+from cvae_lightning.losses import PosteriorDistillationLoss, ReconstructionLoss
+from cvae_lightning.modules import ContinuousCVAE, SharedDiscreteCVAE
+
+XS, YS = [r.x for r in RECORDS], [r.y for r in RECORDS]
+PLAIN = {"reconstruction_loss": ReconstructionLoss()}
+DISTILLED = PLAIN | {"posterior_distillation_loss": PosteriorDistillationLoss()}
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory):
+    return tiny_artifact(tmp_path_factory.mktemp("artifact"))
+
+
+def build(artifact, losses=PLAIN, cls=SharedDiscreteCVAE, **options):
+    torch.manual_seed(1)
+    return cls(artifact, losses, **options)
+
+
+def alone(model, x, y):
+    """log p(z_k|x) and log p(y|x,z_k) of one record: one unpadded sequence at a time through the language model."""
+    t, word = model.template, model.template.tokenizer.convert_tokens_to_ids
+    prompt = [*t.bos, word("<x>"), *t._ids([x])[0], word("</x>"), word("<z>")]
+    logits = model.lm(torch.tensor([prompt]), use_cache=False).logits[0, -1, t.latent_ids]
+    likelihoods = []
+    for k in range(model.num_latents):
+        parts = [word(f"<z_{k}>"), *(word(f"<z_{k}.{i}>") for i in range(1, t.prefix_length))]
+        head, tail = [*prompt, *parts, word("</z>"), word("<y>")], [*t._ids([y])[0], word("</y>"), *t.eos]
+        log_probs = model.lm(torch.tensor([head + tail]), use_cache=False).logits[0].log_softmax(-1)
+        likelihoods.append(sum(log_probs[len(head) - 1 + i, token] for i, token in enumerate(tail)))
+    return logits.log_softmax(-1), torch.stack(likelihoods)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 2])
+def test_scores_are_those_of_the_enumerated_latents(artifact, length):
+    model = build(artifact, num_latents=3, prefix_length=length).train()
+    router, likelihood = (torch.stack(rows) for rows in zip(*map(alone, [model] * 5, XS, YS), strict=True))
+    evidence = (router.exp() * likelihood.double().exp()).sum(-1).log().float()
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    for size in (1, 2, 8):
+        torch.testing.assert_close(model.route(XS, batch_size=size), router, **close)
+        torch.testing.assert_close(model.log_likelihood(XS, YS, batch_size=size), likelihood, **close)
+        torch.testing.assert_close(model.log_evidence(XS, YS, batch_size=size), evidence, **close)
+        bayes = model.infer(XS, YS, temperature=1.0, batch_size=size)
+        torch.testing.assert_close(bayes, router + likelihood - evidence[:, None], **close)
+    sharp = (router + likelihood / 0.3).log_softmax(-1)
+    torch.testing.assert_close(model.infer(XS, YS, "exact"), sharp, rtol=1e-3, atol=1e-3)
+    assert model.training  # as it was
+
+
+def test_the_posterior_network_where_there_is_one(artifact):
+    model = build(artifact, DISTILLED, num_latents=3)
+    torch.nn.init.normal_(model.posterior_network.project.weight)
+    found = model.infer(XS, YS, "amortized", batch_size=2)
+    with torch.no_grad():
+        expected = torch.cat([model.amortized_posterior(model.template.collate([r])) for r in RECORDS])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found, model.infer(XS, YS), atol=0.1)
+    amortized = build(artifact, posterior="amortized", num_latents=3)
+    assert torch.equal(amortized.infer(XS, YS), amortized.infer(XS, YS, "amortized"))
+    with pytest.raises(ValueError, match="posterior network of this model was not trained"):
+        build(artifact, num_latents=3).infer(XS, YS, "amortized")
+
+
+def test_wrong_texts_are_one_clear_error(artifact):
+    model = build(artifact, num_latents=2)
+    for call, message in (
+        (lambda: model.generate("12"), r"x must be a list of texts, got the single text '12': give \[x\]"),
+        (lambda: model.route("12"), "x must be a list of texts"),
+        (lambda: model.infer(["12"], "3"), "y must be a list of texts"),
+        (lambda: model.log_evidence([12], ["3"]), "x must hold texts, got 12 of type int"),
+        (lambda: model.log_evidence(["1", "2"], ["3"]), "got 2 x and 1 y"),
+        (lambda: model.infer(XS, YS, "variational"), "posterior must be 'exact' or 'amortized'"),
+        (lambda: model.infer(XS, YS, "amortized", temperature=1.0), "temperature belongs to posterior='exact'"),
+        (lambda: model.infer(XS, YS, temperature=-1.0), "beta must be a positive"),
+        (lambda: model.route(XS, batch_size=0), "batch_size must be at least 1"),
+        (lambda: model.log_likelihood(["1"], ["2" * 80]), "more than the model's 64 positions"),
+        (lambda: model.generate(XS, "best"), "'router', 'argmax' or 'all'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_nothing_asked_for_is_nothing(artifact):
+    model = build(artifact, num_latents=2)
+    assert model.route([]).shape == model.infer([], []).shape == model.log_likelihood([], []).shape == (0, 2)
+    assert model.log_evidence([], []).shape == (0,)
+    assert model.generate([], "all") == []
+    gaussian = build(artifact, cls=ContinuousCVAE, latent_dim=2)
+    assert [t.shape for t in (*gaussian.route([]), *gaussian.infer([], []))] == [(0, 2)] * 4
+    assert gaussian.log_evidence([], []).shape == (0,)
+
+
+@torch.no_grad()
+def test_the_evidence_of_a_gaussian_latent_is_that_of_a_numerical_integral(artifact):
+    model = build(artifact, cls=ContinuousCVAE, latent_dim=1, num_eval_samples=4)
+    torch.nn.init.normal_(model.router_head.weight, std=0.02)
+    mean, logvar = model.route(XS)
+    grid = torch.linspace(-6, 6, 401)
+    z = mean + (0.5 * logvar).exp() * grid  # [B, G], in standard deviations of the router
+    expected = []
+    for i, record in enumerate(RECORDS):
+        batch = model.template.collate([record])
+        nll = model.generator(model.encode(batch, z[i, None, :, None]).hidden, batch)[0].sum(-1)[0].double()
+        density = torch.exp(-0.5 * grid.double().square()) / (2 * torch.pi) ** 0.5
+        expected.append(torch.trapezoid(density * (-nll).exp(), grid.double()).log())
+    expected = torch.stack(expected).float()
+    found = model.log_evidence(XS, YS, num_samples=400)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.15)
+    assert torch.equal(found, model.log_evidence(XS, YS, num_samples=400))
+    few = torch.stack([model.log_evidence(XS, YS, generator_seed=100 * seed) for seed in range(30)])
+    assert bool((few.mean(0) < expected + 2 * few.std(0) / 30**0.5).all())  # a lower bound in expectation
+    torch.testing.assert_close(model.log_evidence(XS, YS, batch_size=2), few[0], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="num_samples must be at least 1"):
+        model.log_evidence(XS, YS, num_samples=0)
+
+
+def test_batches_do_not_change_a_gaussian_posterior(artifact):
+    model = build(artifact, cls=ContinuousCVAE, latent_dim=2)
+    for whole, parts in zip(model.infer(XS, YS), model.infer(XS, YS, batch_size=2), strict=True):
+        torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
