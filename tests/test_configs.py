@@ -79,6 +79,9 @@ def test_recipe_fits_a_few_steps(name, tmp_path, monkeypatch, artifact, pairs):
         options |= SYNTHETIC
     else:
         options["data.init_args.train_path"] = pairs
+    if "seeding" in arguments:
+        few = {"num_inputs": 4, "num_solutions": 4, "posterior_steps": 2}
+        options |= {f"model.init_args.seeding.init_args.{key}": value for key, value in few.items()}
     if "entangled" in arguments:
         options["model.init_args.entangled"] = artifact
         for i, callback in enumerate(recipe["trainer"]["callbacks"]):

@@ -9,6 +9,7 @@ from cvae_lightning.benchmark.compose import class_name, set_option
 STEPS = 8
 ENTANGLED_STEPS = 30
 DATA = {"train_size": 2000, "val_size": 24, "test_size": 48, "batch_size": 16, "eval_batch_size": 48}
+SEEDING = {"num_inputs": 8, "num_solutions": 8, "posterior_steps": 4, "hold_steps": 4}
 EVALUATION = {"num_examples": 4, "max_new_tokens": 24}
 
 
@@ -29,6 +30,8 @@ def shrink(config: dict[str, Any]) -> dict[str, Any]:
     }
     if class_name(config.get("data") or {}) == "SyntheticDataModule":
         options |= {f"data.{name}": size for name, size in DATA.items()}
+    if ((config.get("model") or {}).get("init_args") or {}).get("seeding"):
+        options |= {f"model.seeding.init_args.{name}": number for name, number in SEEDING.items()}
     for name, value in options.items():
         set_option(config, name, value)
     for callback in (config.get("trainer") or {}).get("callbacks") or []:

@@ -71,7 +71,7 @@ class LatentSeeding(HasSpec):
         num_inputs: int = 256,
         num_solutions: int = 16,
         posterior_steps: int = 100,
-        hold_steps: int = 60,
+        hold_steps: int = 150,
         seed: int = 0,
     ) -> None:
         for name, value, least in (
