@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cvae_lightning.backbones.branch_choice import attends_only
-from cvae_lightning.backbones.causal_lm import decoder_of, evaluating
+from cvae_lightning.backbones.causal_lm import decoder_of, evaluating, head_of
+from cvae_lightning.functional import latent_token_stats
 from cvae_lightning.outputs import PairBatch
 from cvae_lightning.template import PromptTemplate
 
@@ -28,12 +29,14 @@ OFFSETS = 16
 def solution_features(
     lm: Any, template: PromptTemplate, records: Sequence[Any], batch_size: int = 256
 ) -> dict[str, Tensor]:
-    """Return two views of every record, averaged over the tokens of each third of y.
+    """Return views of every record, each at the tokens of y, averaged in two ways.
 
-    ``hidden``: the hidden states at the tokens of y, for up to 8 evenly spaced layers, embeddings and the last among
-    them. ``attention``: the share of every head's attention that goes to each place of the prefix, and so many tokens
-    back, when a token of y is predicted: what is read, whatever is written there. Families that do not only attend
-    have no such view.
+    ``hidden``: the hidden states, for up to 8 evenly spaced layers, embeddings and the last among them.
+    ``attention``: the share of every head's attention that goes to each place of the prefix, and so many tokens back:
+    what is read, whatever is written there. Families that do not only attend have no such view.
+
+    Averaged over each third of y, as procedures differ in their order; and, under the names ``hidden, surprises`` and
+    ``attention, surprises``, weighted by the model's own NLL of the token just read: where solutions part, y surprises.
 
     Args:
         lm: a causal LM.
@@ -42,7 +45,8 @@ def solution_features(
         batch_size: records read at a time.
 
     Returns:
-        ``hidden`` [N, layers, 3 D] and ``attention`` [N, 1, 3 layers heads (24 + 16)], fp32, on the CPU.
+        [N, layers, 3 D] and [N, layers, D] of the hidden states, [N, 1, 3 F] and [N, 1, F] of the attention with
+        F = layers heads (24 + 16); fp32, on the CPU.
     """
     device = lm.get_input_embeddings().weight.device
     parts: dict[str, list[Tensor]] = {}
@@ -60,16 +64,33 @@ def solution_features(
                 output_attentions=readable,
                 use_cache=False,
             )
-            weights = segment_weights(batch.y_mask)  # [B, 3, T]
+            thirds, surprises = segment_weights(batch.y_mask), _surprise_weights(lm, output.last_hidden_state, batch)
             width = batch.y_ids.shape[1]
             hidden = torch.stack([h[:, -width:].float() for h in evenly(output.hidden_states)], 1)
-            views = {"hidden": torch.einsum("bst,bltd->blsd", weights, hidden).flatten(2)}
+            views = {
+                "hidden": torch.einsum("bst,bltd->blsd", thirds, hidden).flatten(2),
+                "hidden, surprises": torch.einsum("bt,bltd->bld", surprises, hidden),
+            }
             if readable:
-                looks = [_looks(a.float(), batch) for a in evenly(output.attentions)]  # [B, heads, T, 40] each
-                views["attention"] = torch.einsum("bst,bhtp->bshp", weights, torch.cat(looks, 1)).flatten(1)[:, None]
+                looks = torch.cat([_looks(a.float(), batch) for a in evenly(output.attentions)], 1)  # [B, H, T, 40]
+                views |= {
+                    "attention": torch.einsum("bst,bhtp->bshp", thirds, looks).flatten(1)[:, None],
+                    "attention, surprises": torch.einsum("bt,bhtp->bhp", surprises, looks).flatten(1)[:, None],
+                }
             for name, view in views.items():
                 parts.setdefault(name, []).append(view.cpu())
     return {name: torch.cat(views) for name, views in parts.items()}
+
+
+def _surprise_weights(lm: Any, hidden: Tensor, batch: PairBatch) -> Tensor:
+    """Return weights [B, T] in the proportions of the NLL of y, from hidden states [B, P + 1 + T, D]."""
+    width = batch.y_ids.shape[1]
+    targets = batch.y_ids.masked_fill(~batch.y_mask, -100)
+    head = head_of(lm)
+    nll, _ = latent_token_stats(
+        hidden[:, None, -width - 1 : -1], head.weight, targets, bias=head.bias, scale=head.scale, softcap=head.softcap
+    )
+    return nll[:, 0] / nll[:, 0].sum(-1, keepdim=True).clamp_min(1e-6)
 
 
 def segment_weights(mask: Tensor) -> Tensor:
@@ -86,15 +107,14 @@ def evenly(layers: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _looks(attention: Tensor, batch: PairBatch) -> Tensor:
-    """Return shares of attention [B, H, T, 40] at the tokens that predict y, from attention weights [B, H, L, L]."""
+    """Return shares of attention [B, H, T, 40] at the tokens of y, from attention weights [B, H, L, L]."""
     prefix, tokens = batch.prefix_ids.shape[1], batch.y_ids.shape[1]
-    queries = attention[:, :, prefix : prefix + tokens]  # <y> and all of y but its last token
+    queries = attention[:, :, -tokens:]
     mask = batch.prefix_mask
     place = ((mask.long().cumsum(-1) - 1).clamp_min(0) * PLACES) // mask.sum(-1, keepdim=True).clamp_min(PLACES)
     member = F.one_hot(place, PLACES).to(queries.dtype) * mask[..., None]  # [B, P, 24]
-    index = torch.arange(prefix, prefix + tokens, device=mask.device)[:, None] - torch.arange(
-        OFFSETS, device=mask.device
-    )
+    query, offset = (torch.arange(n, device=mask.device) for n in (tokens, OFFSETS))
+    index = prefix + 1 + query[:, None] - offset  # [T, 16]
     back = queries.gather(-1, index.clamp_min(0).expand(*queries.shape[:2], -1, -1)) * (index >= prefix)
     return torch.cat([torch.einsum("bhtp,bpc->bhtc", queries[..., :prefix], member), back], -1)
 

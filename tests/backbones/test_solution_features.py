@@ -37,35 +37,41 @@ def read(lm, template, record):
     return output, len(prefix), len(y)
 
 
-def hidden_oracle(lm, template, record):
-    """The mean over y, ``</y>`` and ``<eos>`` of every hidden state, third by third, [layers, 3 D]."""
+def oracles(lm, template, record):
+    """All views of one record with slow loops over tokens, layers, heads and keys."""
     output, prefix, tokens = read(lm, template, record)
     which = thirds(tokens)
-    layers = []
-    for state in output.hidden_states:
-        rows = [state[0, prefix + 1 + t] for t in range(tokens)]
-        layers.append(torch.cat([mean_over(rows, which, third) for third in range(3)]))
-    return torch.stack(layers)
+    ids = template.segments([record])[0][1]
+    log_probs = output.logits[0].log_softmax(-1)
+    nll = [-float(log_probs[prefix + t, ids[t]]) for t in range(tokens)]
 
+    def surprised(rows):
+        return sum(row * cost for row, cost in zip(rows, nll, strict=True)) / sum(nll)
 
-def attention_oracle(lm, template, record):
-    """Shares of attention by third of y, layer, head and place, [3 layers heads 40], with slow loops."""
-    output, prefix, tokens = read(lm, template, record)
-    which, parts = thirds(tokens), []
-    for third in range(3):
-        for layer in output.attentions:
-            for head in layer[0]:
-                rows = []
-                for t in range(tokens):
-                    row, query = torch.zeros(PLACES + OFFSETS), prefix + t
-                    for key in range(query + 1):
-                        if key < prefix:
-                            row[key * PLACES // max(prefix, PLACES)] += head[query, key]
-                        elif query - key < OFFSETS:
-                            row[PLACES + query - key] += head[query, key]
-                    rows.append(row)
-                parts.append(mean_over(rows, which, third))
-    return torch.cat(parts)
+    states = [[state[0, prefix + 1 + t] for t in range(tokens)] for state in output.hidden_states]
+    views = {
+        "hidden": torch.stack([torch.cat([mean_over(rows, which, third) for third in range(3)]) for rows in states]),
+        "hidden, surprises": torch.stack([surprised(rows) for rows in states]),
+    }
+    if output.attentions is None or not attends_only(lm):
+        return views
+    looks = []
+    for head in (head for layer in output.attentions for head in layer[0]):
+        rows = []
+        for t in range(tokens):
+            row, query = torch.zeros(PLACES + OFFSETS), prefix + 1 + t
+            for key in range(query + 1):
+                if key < prefix:
+                    row[key * PLACES // max(prefix, PLACES)] += head[query, key]
+                elif query - key < OFFSETS:
+                    row[PLACES + query - key] += head[query, key]
+            rows.append(row)
+        looks.append(rows)
+    by_third = [mean_over(rows, which, third) for third in range(3) for rows in looks]
+    return views | {
+        "attention": torch.cat(by_third)[None],
+        "attention, surprises": torch.cat([surprised(rows) for rows in looks])[None],
+    }
 
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
@@ -74,11 +80,12 @@ def test_padding_and_batches_change_nothing(family, side):
     lm, _ = tiny_lm(family)
     template = PromptTemplate(tiny_tokenizer(), padding_side=side)
     records = [*RECORDS, Record("123456789" * 3, ""), Record("", "1")]  # an empty y still has </y>
-    expected = {"hidden": torch.stack([hidden_oracle(lm, template, r) for r in records])}
     if attends_only(lm):
         lm.set_attn_implementation("eager")
-        expected["attention"] = torch.stack([attention_oracle(lm, template, r) for r in records])[:, None]
-        lm.set_attn_implementation("sdpa")
+    slow = [oracles(lm, template, r) for r in records]
+    expected = {name: torch.stack([views[name] for views in slow]) for name in slow[0]}
+    assert ("attention" in expected) == attends_only(lm)
+    lm.set_attn_implementation("sdpa")
     for batch_size in (1, 3, 256):
         found = solution_features(lm, template, records, batch_size)
         assert found.keys() == expected.keys()
@@ -94,7 +101,7 @@ def test_of_many_layers_it_takes_eight_with_both_ends():
     lm = build_causal_lm(CONFIGS["llama"] | {"num_hidden_layers": 14}, len(template), template.pad_id)
     found = solution_features(lm, template, RECORDS)["hidden"]
     assert found.shape == (len(RECORDS), MAX_LAYERS, 3 * 16)
-    every = torch.stack([hidden_oracle(lm, template, r) for r in RECORDS])  # embeddings and 14 layers
+    every = torch.stack([oracles(lm, template, r)["hidden"] for r in RECORDS])  # embeddings and 14 layers
     torch.testing.assert_close(found, every[:, ::2], rtol=1e-4, atol=1e-5)
 
 
@@ -113,7 +120,7 @@ def test_the_model_is_read_without_dropout_and_left_as_it_was():
     lm.train()
     state = torch.get_rng_state()
     first, second = (solution_features(lm, template, RECORDS) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in ("hidden", "attention"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(view.requires_grad for view in first.values())
     assert all(part.training for part in lm.modules())

@@ -20,7 +20,7 @@ from cvae_lightning.backbones.solution_features import solution_features
 from cvae_lightning.functional import exact_posterior
 from cvae_lightning.losses import FreeEnergyLoss, PosteriorDistillationLoss
 from cvae_lightning.modules import seeding as module_of_seeding
-from cvae_lightning.modules.seeding import cluster
+from cvae_lightning.modules.seeding import cluster, divide
 from cvae_lightning.outputs import Record
 from cvae_lightning.template import PromptTemplate
 
@@ -132,9 +132,19 @@ def test_the_view_that_tells_most_about_the_solution_wins():
         found = cluster(views, K, 9, seed=0)
         assert found.view == "a"
         assert adjusted_mutual_info_score(truth, found.labels) > 0.95
-    shares = torch.nn.functional.one_hot(found.labels, K).float().unflatten(0, (24, 9)).mean(1)
+    shares = torch.nn.functional.one_hot(truth, K).float().unflatten(0, (24, 9)).mean(1)
     entropy = sum(-float(p) * math.log(float(p)) for row in shares for p in row if p > 0) / 24
-    assert found.information == pytest.approx(entropy, abs=1e-5)
+    assert found.information == pytest.approx(entropy, abs=1e-5)  # nothing is lost between the halves
+
+
+def test_noise_divides_evenly_and_says_nothing():
+    torch.manual_seed(3)
+    noise = torch.randn(24 * 9, 8)
+    _, information = divide(noise, K, 9, seed=0)
+    features, _ = planted()
+    _, planted_information = divide(small(num_solutions=9).centre(features), K, 9, seed=0)
+    assert information < 0.7 * planted_information
+    assert divide(noise[:9], K, 9, seed=0)[0].shape == (9,)  # one input has no halves
 
 
 def test_clusters_are_those_of_the_seed():
