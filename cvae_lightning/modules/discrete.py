@@ -221,22 +221,22 @@ class SharedDiscreteCVAE(DiscreteUse):
         """Return log q(z_k|x,y), [B, K], that weighs the objective.
 
         The exact posterior takes its values from a pass without dropout, where there is dropout (Shen et al. 2019,
-        arXiv 1902.07816), and its gradient from the pass at hand.
+        arXiv 1902.07816), and its gradient from the pass at hand. In the first steps of a seeded run the posterior
+        network has its share in it.
         """
         if self.posterior_kind == "amortized":
             assert amortized_log_probs is not None
             return amortized_log_probs
         log_q = exact_posterior(router_log_probs, token_nll.sum(-1), self.posterior_temperature)
-        share = self.seed_share
-        if share > 0 and amortized_log_probs is not None:
-            return (share * amortized_log_probs.detach() + (1 - share) * log_q).log_softmax(-1)
-        if not (self.lm.training and has_dropout(self.lm)):
-            return log_q
-        with torch.no_grad(), evaluating(self.lm):
-            branches = self.encode(batch)
-            clean_nll, _ = self.generator(branches, batch, need_jsd=False)
-            clean = exact_posterior(self.router(branches), clean_nll.sum(-1), self.posterior_temperature)
-        return log_q + (clean - log_q.detach())
+        if self.lm.training and has_dropout(self.lm):
+            with torch.no_grad(), evaluating(self.lm):
+                branches = self.encode(batch)
+                clean_nll, _ = self.generator(branches, batch, need_jsd=False)
+                clean = exact_posterior(self.router(branches), clean_nll.sum(-1), self.posterior_temperature)
+            log_q = log_q + (clean - log_q.detach())
+        if (share := self.seed_share) > 0 and amortized_log_probs is not None:
+            log_q = (share * amortized_log_probs.detach() + (1 - share) * log_q).log_softmax(-1)
+        return log_q
 
     @property
     def seed_share(self) -> float:
