@@ -14,6 +14,9 @@ from jsonargparse import ActionConfigFile, Namespace
 
 from cvae_lightning.recipes import find_recipe
 
+MAX_DEPTH = 50
+MAX_ENTRIES = 100_000
+
 
 class MergeConfig(ActionConfigFile):
     """Config option that merges ``model.init_args.losses`` by name (jsonargparse alone replaces the whole dict)."""
@@ -21,7 +24,7 @@ class MergeConfig(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, value: Any, option_string: str | None = None) -> None:
         """Apply one config file on top of what the options before it gave."""
         if value.startswith("{"):  # YAML on the command line
-            path, config = value, yaml.safe_load(value)
+            path, config = value, parse_config(value, "--config")
         else:
             path = Path(value) if Path(value).is_file() else find_recipe(value)
             config = read_config(path)
@@ -67,16 +70,59 @@ def read_config(path: Path) -> dict[str, Any]:
         ValueError: if it is not valid YAML (the message names file and line) or not a mapping.
     """
     try:
-        content = jsonargparse.get_loader("yaml")(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file in UTF-8: {error.reason} at byte {error.start}") from error
+    return parse_config(text, str(path))
+
+
+def parse_config(text: str, where: str) -> dict[str, Any]:
+    """Return the content of a config in YAML or JSON.
+
+    Args:
+        text: the config.
+        where: name of its file or option, for messages.
+
+    Raises:
+        ValueError: if it is not valid YAML (the message names the line) or not a mapping.
+    """
+    try:
+        content = jsonargparse.get_loader("yaml")(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise ValueError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file in UTF-8: {error.reason} at byte {error.start}") from error
+        problem = getattr(error, "problem", None) or error
+        raise ValueError(f"{where}{line}: not valid YAML: {problem!s:.200}") from error
+    except Exception as error:  # what a value is made into: a date of month 13, a number of 5000 digits, deep nesting
+        raise ValueError(f"{where}: not valid YAML: {error!s:.200}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a mapping with keys such as model, data, trainer; got {content!r:.60}")
+        raise ValueError(f"{where}: expected a mapping with keys such as model, data, trainer; got {content!r:.60}")
+    try:
+        _check_entries(content)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     return content
+
+
+def _check_entries(content: Any) -> None:
+    """Raise where a key is no name, or where aliases stand for so much that merging it would fill the memory."""
+    level, entries = [content], 0
+    for _ in range(MAX_DEPTH):
+        mappings = [value for value in level if isinstance(value, dict)]
+        for key in (key for mapping in mappings for key in mapping):
+            if isinstance(key, bool) or not isinstance(key, str | int):  # numbers name the labels of a model's config
+                raise ValueError(f"expected a text as key, got {key!r:.60} ({type(key).__name__})")
+        entries += len(level)
+        level = [value for mapping in mappings for value in mapping.values()] + [
+            item for value in level if isinstance(value, list) for item in value
+        ]
+        if not level:
+            return
+        if entries > MAX_ENTRIES:
+            break
+    raise ValueError(
+        f"expected at most {MAX_ENTRIES} entries and {MAX_DEPTH} levels, got more, or a config that contains itself"
+    )
 
 
 def merge_model(config: dict[str, Any], previous: Any) -> bool:
@@ -106,14 +152,13 @@ def merge_model(config: dict[str, Any], previous: Any) -> bool:
     if not model.keys() & {"class_path", "init_args", "dict_kwargs"}:
         model = config["model"] = {"init_args": model}
     model.setdefault("class_path", previous["class_path"])
-    losses = (model.get("init_args") or {}).get("losses")
-    before = (previous.get("init_args") or {}).get("losses")
+    losses, before = (_arguments(entry).get("losses") for entry in (model, previous))
     if isinstance(losses, dict) and isinstance(before, dict):
         for name in losses.keys() - before.keys():
-            if "class_path" not in (losses[name] or {}):
-                near = difflib.get_close_matches(name, before, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"existing losses: {', '.join(before)}"
-                raise ValueError(f"losses.{name} is new and needs a class_path; {hint}")
+            if not isinstance(losses[name], dict) or "class_path" not in losses[name]:
+                near = difflib.get_close_matches(str(name), map(str, before), n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"existing losses: {', '.join(map(str, before)):.200}"
+                raise ValueError(f"losses.{name!s:.60} is new and needs a class_path; {hint}")
         merged = before | {name: merge_loss(entry, before.get(name)) for name, entry in losses.items()}
         model["init_args"]["losses"] = merged
     return True
@@ -134,8 +179,20 @@ def merge_loss(entry: Any, before: Any) -> Any:
         entry = {"init_args": entry}
     if entry.get("class_path", before.get("class_path")) != before.get("class_path"):
         return entry
-    arguments = (before.get("init_args") or {}) | (entry.get("init_args") or {})
+    arguments = _arguments(before) | _arguments(entry)
     return before | entry | {"init_args": arguments}
+
+
+def _arguments(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return the ``init_args`` of the entry of a class.
+
+    Raises:
+        ValueError: if they are no mapping.
+    """
+    arguments = entry.get("init_args") or {}
+    if not isinstance(arguments, dict):
+        raise ValueError(f"init_args: expected a mapping, got {arguments!r:.60}")
+    return arguments
 
 
 def _plain(value: Any) -> Any:

@@ -37,10 +37,10 @@ from cvae_lightning.option_errors import condense, explain
 class CVAELightningCLI(LightningCLI):
     """LightningCLI with recipes by name, losses merged by name, and runs that resume exactly.
 
-    Always present and configurable: ``checkpoint`` (ModelCheckpoint with ``last.ckpt``), ``step_seed``,
-    ``partial_gradients``, ``nan_guard``, ``epoch_ends`` and ``save_at_termination``. ``trainer.plugins`` holds
-    AtomicCheckpointIO unless given. All files of a run lie in ``trainer.default_root_dir``. The config always beats the hyperparameters that a
-    checkpoint remembers.
+    Always present and configurable: ``checkpoint`` (ModelCheckpoint with ``last.ckpt``), ``step_seed``, ``nan_guard``,
+    ``partial_gradients``, ``epoch_ends`` and ``save_at_termination``. ``trainer.plugins`` holds AtomicCheckpointIO
+    unless given. All files of a run lie in ``trainer.default_root_dir``. The config always beats the hyperparameters
+    that a checkpoint remembers.
     """
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:

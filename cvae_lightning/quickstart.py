@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from cvae_lightning.atomic_write import write_json
+from cvae_lightning.benchmark.child import end_with_parent
 from cvae_lightning.recipes import find_recipe
 
 FOLDER = Path("runs/quickstart")
@@ -78,12 +80,12 @@ def quickstart(args: Sequence[str] = (), command: Sequence[str] | None = None) -
             continue
         rerun = True  # what comes after a step that ran again is stale
         start = time.monotonic()
-        code = subprocess.run([*command_line, *step.words], check=False).returncode
+        code = subprocess.run([*command_line, *step.words], check=False, preexec_fn=end_with_parent()).returncode
         if code:
             print(f"cvae-lightning: error: the command above ended with exit code {code}", file=sys.stderr)
             return code
         finished[shown] = {"fingerprint": upstream, "seconds": time.monotonic() - start}
-        _write_json(stamp_file, finished)
+        write_json(stamp_file, finished)
     _finish(sum(step["seconds"] for step in finished.values()))
     return 0
 
@@ -100,17 +102,10 @@ def _fingerprint(step: Step, upstream: str) -> str:
     return hashlib.blake2b(repr((upstream, step.words, recipe)).encode(), digest_size=8).hexdigest()
 
 
-def _write_json(path: Path, content: dict[str, object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
 def _finish(seconds: float) -> None:
     """Add the wall time to the summary, and say what to look at next."""
     path = FOLDER / "summary.json"
     summary = json.loads(path.read_text(encoding="utf-8")) | {"seconds": round(seconds, 1)}
-    _write_json(path, summary)
+    write_json(path, summary)
     print(f"\nThe figures are in {path} ({seconds:.0f} s in all).")
     print(f"Look at the curves and figures:\n$ tensorboard --logdir {FOLDER}")

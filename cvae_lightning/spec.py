@@ -40,6 +40,11 @@ class HasSpec:
                 bound = signature.bind(self, *args, **kwargs)
                 bound.apply_defaults()
                 arguments = dict(list(bound.arguments.items())[1:])
+                for name, parameter in signature.parameters.items():
+                    if parameter.kind is parameter.VAR_KEYWORD:  # what the call gave by name, it is built with by name
+                        arguments |= arguments.pop(name)
+                    elif parameter.kind is parameter.VAR_POSITIONAL and not arguments[name]:
+                        del arguments[name]
                 object.__setattr__(self, "_spec_args", arguments)
             original(self, *args, **kwargs)
 

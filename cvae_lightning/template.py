@@ -110,6 +110,9 @@ class PromptTemplate:
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
+        for text in texts:
+            if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+                raise ValueError(f"{text!r:.60} holds half of a surrogate pair, which is not a character")
         return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def segments(self, records: Sequence[Record]) -> list[tuple[list[int], list[int]]]:

@@ -8,10 +8,12 @@ from cvae_lightning import entangle_first
 from cvae_lightning.entangle_first import train_entangled_first
 
 STAND_IN = """\
-import pathlib, sys
+import os, pathlib, sys
 pathlib.Path("calls.txt").write_text(" ".join(sys.argv[1:]))
 if pathlib.Path("fail").exists():
     sys.exit(5)
+if pathlib.Path("die").exists():
+    os.kill(os.getpid(), int(pathlib.Path("die").read_text()))
 pathlib.Path("runs/base").mkdir(parents=True)
 pathlib.Path("runs/base/baseline.json").write_text("{}")
 """
@@ -59,6 +61,22 @@ def test_failure_ends_the_run_with_its_exit_code_and_leaves_nothing(here):
         train_entangled_first("base.yaml", CONFIG)
     assert stop.value.code == 5
     assert not Path("runs/cvae/entangled_overrides.yaml").exists()
+
+
+@pytest.mark.parametrize("number", [9, 15])
+def test_a_killed_training_goes_on_where_it_was_unless_something_changed(here, number):
+    words = "fit --config base.yaml --config runs/cvae/entangled_overrides.yaml"
+    Path("die").write_text(str(number))
+    for expected in (words, f"{words} --ckpt_path last"):
+        with pytest.raises(SystemExit) as stop:
+            train_entangled_first("base.yaml", CONFIG)
+        assert stop.value.code == 128 + number
+        assert Path("calls.txt").read_text() == expected
+    Path("base.yaml").write_text("model: {class_path: E, init_args: {output_dir: ./runs/base, warmup_steps: 1}}")
+    Path("die").unlink()
+    train_entangled_first("base.yaml", CONFIG)
+    assert Path("calls.txt").read_text() == words
+    assert [path.name for path in Path("runs/cvae").iterdir()] == ["entangled_overrides.yaml"]
 
 
 def test_several_processes_do_not_train_it_at_once(here, monkeypatch):

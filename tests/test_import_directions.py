@@ -11,14 +11,16 @@ PACKAGE = Path(cvae_lightning.__file__).parent
 HEAVY = {"lightning", "torchmetrics", "transformers"}
 ALLOWED = {
     "outputs": set(),
+    "atomic_write": set(),
     "spec": set(),
+    "trust": {"spec"},
     "functional": set(),
     "template": {"outputs"},
-    "backbones": {"template", "functional", "lightning", "transformers"},
+    "backbones": {"atomic_write", "template", "functional", "lightning", "transformers"},
     "losses": {"outputs", "functional", "spec"},
     "metrics": {"outputs", "functional", "torchmetrics"},
     "data": {"template", "outputs", "spec", "lightning"},
-    "callbacks": {"metrics", "outputs", "lightning"},
+    "callbacks": {"atomic_write", "metrics", "outputs", "trust", "lightning"},
     "modules": {"outputs", "spec", "functional", "template", "backbones", "losses", "metrics", "trust", *HEAVY},
 }
 """Rooms of the package, and heavy libraries, that each room may import besides itself."""

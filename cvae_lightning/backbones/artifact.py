@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from cvae_lightning.atomic_write import write_json
 
 BASELINE_FILE = "baseline.json"
 
@@ -32,10 +33,7 @@ class Baseline:
 
     def save(self, folder: str | Path) -> None:
         """Write ``baseline.json`` atomically."""
-        path = Path(folder) / BASELINE_FILE
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        os.replace(temporary, path)
+        write_json(Path(folder) / BASELINE_FILE, asdict(self))
 
     @classmethod
     def load(cls, folder: str | Path) -> Baseline | None:

@@ -60,8 +60,9 @@ def build_causal_lm(config: dict[str, Any], vocab_size: int, pad_token_id: int |
     config.update(vocab_size=vocab_size, pad_token_id=pad_token_id, bos_token_id=None, eos_token_id=None)
     try:
         built = AutoConfig.for_model(model_type, **config)
+        _refuse_kernel(built)
         return fuse_activations(AutoModelForCausalLM.from_config(built))
-    except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:
         reason = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
         raise ValueError(f"cannot build a model of type {model_type!r} from model.config: {reason}") from error
 
@@ -72,12 +73,13 @@ def load_causal_lm(name: str) -> Any:
     Raises:
         ValueError: if nothing is found there or it is no causal LM.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        lm = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, use_safetensors=True)
-    except (OSError, ValueError, SafetensorError) as error:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        _refuse_kernel(config)
+        lm = AutoModelForCausalLM.from_pretrained(name, config=config, trust_remote_code=False, use_safetensors=True)
+    except Exception as error:  # a folder of a stranger's making fails in transformers in every way there is
         raise ValueError(f"cannot load a causal language model from {name!r}: {_first_line(error)}") from error
     return fuse_activations(lm.float().train())
 
@@ -106,8 +108,19 @@ def load_tokenizer(name: str) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False, use_fast=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # as above
         raise ValueError(f"cannot load a tokenizer from {name!r}: {_first_line(error)}") from error
+
+
+def _refuse_kernel(config: Any) -> None:
+    """Raise if a config, or a part of it, asks for code of the hub, which transformers would fetch and run."""
+    for key, value in vars(config).items():
+        if hasattr(value, "model_type"):
+            _refuse_kernel(value)
+        elif key.endswith("_implementation_internal"):  # of attention, of experts
+            for name in value.values() if isinstance(value, dict) else (value,):
+                if isinstance(name, str) and "/" in name:
+                    raise ValueError(f"its config names the code {name!r} of the hub; remote code is never run")
 
 
 def _first_line(error: Exception) -> str:

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from cvae_lightning.backbones.branch_choice import attends_only
 from cvae_lightning.backbones.causal_lm import decoder_of, evaluating, head_of
 from cvae_lightning.functional import latent_token_stats
-from cvae_lightning.outputs import PairBatch
 from cvae_lightning.template import PromptTemplate
 
 MAX_LAYERS = 8
@@ -82,7 +81,7 @@ def solution_features(
     return {name: torch.cat(views) for name, views in parts.items()}
 
 
-def _surprise_weights(lm: Any, hidden: Tensor, batch: PairBatch) -> Tensor:
+def _surprise_weights(lm: Any, hidden: Tensor, batch: Any) -> Tensor:
     """Return weights [B, T] in the proportions of the NLL of y, from hidden states [B, P + 1 + T, D]."""
     width = batch.y_ids.shape[1]
     targets = batch.y_ids.masked_fill(~batch.y_mask, -100)
@@ -106,7 +105,7 @@ def evenly(layers: Sequence[Tensor]) -> list[Tensor]:
     return [layers[i] for i in torch.linspace(0, len(layers) - 1, min(len(layers), MAX_LAYERS)).round().long().tolist()]
 
 
-def _looks(attention: Tensor, batch: PairBatch) -> Tensor:
+def _looks(attention: Tensor, batch: Any) -> Tensor:
     """Return shares of attention [B, H, T, 40] at the tokens of y, from attention weights [B, H, L, L]."""
     prefix, tokens = batch.prefix_ids.shape[1], batch.y_ids.shape[1]
     queries = attention[:, :, -tokens:]

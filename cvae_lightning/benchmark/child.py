@@ -49,7 +49,7 @@ class Child:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=_end_with_parent(),
+                preexec_fn=end_with_parent(),
             )
 
     @property
@@ -85,8 +85,8 @@ class Child:
             os.killpg(self._process.pid, number)
 
 
-def _end_with_parent() -> Callable[[], None] | None:
-    """Return what makes Linux kill the child when the runner dies without a word (kill -9); None elsewhere."""
+def end_with_parent() -> Callable[[], None] | None:
+    """Return what makes Linux kill the child when its parent dies without a word (kill -9); None elsewhere."""
     if not sys.platform.startswith("linux"):
         return None
     libc, parent = ctypes.CDLL(None, use_errno=True), os.getpid()

@@ -33,9 +33,29 @@ def compose(configs: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) ->
     result: dict[str, Any] = {}
     for config in configs:
         result = _merge(result, deepcopy(dict(config)))
+    check_groups(result)
     for name, value in options.items():
         set_option(result, name, deepcopy(value))
+    check_groups(result)
     return result
+
+
+def check_groups(config: Mapping[str, Any]) -> None:
+    """Refuse a config whose groups are of another kind than those of ``cvae-lightning fit``.
+
+    Raises:
+        ValueError: naming the group.
+    """
+    for group in ("model", "data", "trainer", "checkpoint"):
+        entry = config.get(group, {})
+        if not isinstance(entry, dict) or not isinstance(entry.get("init_args") or {}, dict):
+            raise ValueError(f"{group}: expected a mapping, got {entry!r:.60}")
+    callbacks = config.get("trainer", {}).get("callbacks") or []
+    if not isinstance(callbacks, list) or not all(isinstance(entry, dict | str) for entry in callbacks):
+        raise ValueError(f"trainer.callbacks: expected a list of classes, got {callbacks!r:.60}")
+    for entry in callbacks:
+        if isinstance(entry, dict) and not isinstance(entry.get("init_args") or {}, dict):
+            raise ValueError(f"trainer.callbacks: expected init_args as a mapping, got {entry['init_args']!r:.60}")
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -53,7 +73,7 @@ def _merge_entry(before: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]
         over = {"init_args": over}
     result = dict(before)
     for key, value in over.items():
-        if key.endswith("+"):
+        if isinstance(key, str) and key.endswith("+"):
             more = value if isinstance(value, list) else [value]
             result[key[:-1]] = [*(before.get(key[:-1]) or []), *more]
         elif key == "init_args":
@@ -63,7 +83,10 @@ def _merge_entry(before: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]
     return result
 
 
-def _merge_arguments(before: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def _merge_arguments(before: Any, over: Any) -> dict[str, Any]:
+    for arguments in (before, over):
+        if not isinstance(arguments, dict):
+            raise ValueError(f"init_args: expected a mapping, got {arguments!r:.60}")
     merged = {key: _merge_entry(before[key], value) for key, value in over.items() if _same_class(before, key, value)}
     return before | over | merged
 
@@ -81,6 +104,8 @@ def set_option(config: dict[str, Any], name: str, value: Any) -> None:
     Raises:
         ValueError: if a part of the name is no mapping, or no callback matches.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"option {name!r:.60}: expected a dotted name")
     first, *path = name.split(".")
     if first == "callbacks":
         _set_callback(config, name, path, value)
@@ -107,13 +132,15 @@ def _set_callback(config: dict[str, Any], name: str, path: list[str], value: Any
     if not found:
         known = ", ".join(class_name(c) for c in callbacks) or "none"
         raise ValueError(f"option {name}: no callback is named {path[0]!r}; trainer.callbacks has {known}")
-    for callback in found:
-        callback["init_args"] = (callback.get("init_args") or {}) | {path[1]: value}
+    for i, callback in enumerate(callbacks):
+        if callback in found:
+            entry: dict[str, Any] = {"class_path": callback} if isinstance(callback, str) else callback
+            callbacks[i] = entry | {"init_args": (entry.get("init_args") or {}) | {path[1]: value}}
 
 
-def class_name(entry: Mapping[str, Any]) -> str:
-    """Return the last part of the entry's class path; empty if it has none."""
-    return str(entry.get("class_path", "")).rsplit(".", 1)[-1]
+def class_name(entry: Mapping[str, Any] | str) -> str:
+    """Return the last part of the entry's class path, or of the path itself; empty if it has none."""
+    return str(entry if isinstance(entry, str) else entry.get("class_path", "")).rsplit(".", 1)[-1]
 
 
 def differences(before: Any, after: Any, name: str = "") -> list[str]:

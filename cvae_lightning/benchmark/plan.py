@@ -193,7 +193,10 @@ def _cell(
 
 
 def _digest(content: Any) -> str:
-    text = json.dumps(content, sort_keys=True, default=str)
+    try:
+        text = json.dumps(content, sort_keys=True, default=str)
+    except TypeError as error:
+        raise ValueError(f"a mapping with both texts and numbers as keys has no order: {error}") from error
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from cvae_lightning.atomic_write import write_text
 from cvae_lightning.benchmark.claims import is_claimed
 from cvae_lightning.benchmark.compose import differences
 from cvae_lightning.benchmark.plan import Cell
@@ -127,22 +126,6 @@ def check_folder(cell: Cell) -> None:
 
 def _content(cell: Cell) -> list[Path]:
     return [path for path in cell.folder.iterdir() if not path.name.startswith(("claim.", ".clock-", MARK))]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write so that the file holds either its old or its new text, never a part, whoever writes beside."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cvae_lightning.atomic_write import write_text
 from cvae_lightning.benchmark import records
 from cvae_lightning.benchmark.plan import Cell
 from cvae_lightning.benchmark.settings import Settings
@@ -27,9 +28,9 @@ def write_tables(settings: Settings, cells: Sequence[Cell], command: str) -> Pat
     """Write results.jsonl and table.md, and return the path of the latter."""
     root, rows = cells[0].root, collect(cells)
     lines = (json.dumps({k: v for k, v in row.items() if k != "changed"}) for row in rows)
-    records.write_text(root / "results.jsonl", "".join(f"{line}\n" for line in lines))
+    write_text(root / "results.jsonl", "".join(f"{line}\n" for line in lines))
     table = root / "table.md"
-    records.write_text(table, markdown(rows, len(cells), settings.columns, command))
+    write_text(table, markdown(rows, len(cells), settings.columns, command))
     return table
 
 

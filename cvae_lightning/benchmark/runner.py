@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from cvae_lightning.atomic_write import write_text
 from cvae_lightning.benchmark import claims, records
 from cvae_lightning.benchmark.child import PATIENCE, Child
 from cvae_lightning.benchmark.claims import Claim
@@ -170,7 +171,7 @@ class Runner:
         progress.write(cell)
         for stage in ("fit", "test"):
             text = yaml.safe_dump(located(cell, stage == "test"), sort_keys=False)
-            records.write_text(cell.folder / f"{stage}.yaml", text)
+            write_text(cell.folder / f"{stage}.yaml", text)
         one = Running(cell, claim, progress)
         goes_on = f", goes on at step {records.step(cell)}" if cell.checkpoint.exists() else ""
         goes_on = ", is trained already" if progress.fitted else goes_on

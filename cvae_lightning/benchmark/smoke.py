@@ -35,6 +35,6 @@ def shrink(config: dict[str, Any]) -> dict[str, Any]:
     for name, value in options.items():
         set_option(config, name, value)
     for callback in (config.get("trainer") or {}).get("callbacks") or []:
-        if class_name(callback).endswith("Evaluation"):
+        if isinstance(callback, dict) and class_name(callback).endswith("Evaluation"):
             callback["init_args"] = (callback.get("init_args") or {}) | EVALUATION
     return config

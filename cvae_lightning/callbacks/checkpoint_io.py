@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import pickle
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from cvae_lightning.atomic_write import replacing
+from cvae_lightning.trust import read_plain
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -34,21 +33,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target = Path(path)
         temporary = target.with_name(f".{target.name}.tmp")
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
+            with replacing(target, temporary) as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
         except BaseException as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
             reason = _disk_error(error)
             if reason is None:
                 raise
-            kept = "; the file of the last save is unchanged" if target.exists() else ""
+            kept = ""
+            if target.exists():
+                kept = "; the file of the last save is unchanged"
+            elif others := sorted(path.name for path in target.parent.glob("*.ckpt")):
+                kept = f"; {', '.join(others[:3])}, saved before, {'is' if len(others) == 1 else 'are'} unchanged"
             raise OSError(f"cannot write checkpoint {target}: {reason}{kept}") from error
-        _sync_folder(target.parent)
 
     def load_checkpoint(
         self,
@@ -62,15 +58,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             FileNotFoundError: if there is no such file.
             ValueError: if the file is truncated, or holds anything but tensors and plain data.
         """
-        try:
-            return super().load_checkpoint(path, map_location, weights_only=True)
-        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-            foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
-            if foreign:
-                why = f"it holds {foreign.group(1)}; only tensors and plain data are ever loaded"
-            else:
-                why = "it is truncated, or not a checkpoint"
-            raise ValueError(f"cannot read checkpoint {path}: {why}") from error
+        read = super().load_checkpoint
+        return read_plain(lambda: read(path, map_location, weights_only=True), path)
 
 
 def _disk_error(error: BaseException) -> str | None:
@@ -81,13 +70,3 @@ def _disk_error(error: BaseException) -> str | None:
             return cause.strerror or str(cause)
         cause = cause.__cause__ or cause.__context__
     return None
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable, where the system lets a folder be synced."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from cvae_lightning.atomic_write import write_json
 from cvae_lightning.callbacks.epoch_results import dead_latents, logged, metric_result
 from cvae_lightning.callbacks.evaluation import Generation, StrategyEvaluation
 
@@ -23,11 +22,15 @@ SUMMARY_KEYS = {
     "greedy_final_answer_accuracy": "greedy/final_answer_accuracy",
     "alignment_one_to_one": "alignment/one_to_one",
     "alignment_ami": "alignment/ami",
+    "alignment_purity": "alignment/purity",
     "alignment_amortized_one_to_one": "alignment_amortized/one_to_one",
     "controlled_alignment_one_to_one": "controlled/alignment_one_to_one",
     "controlled_alignment_ceiling": "controlled/alignment_ceiling",
     "local_strategy_coverage_mean": "controlled/local_strategy_coverage_mean",
     "local_strategy_full_coverage_rate": "controlled/local_strategy_full_coverage_rate",
+    "router_cross_entropy": "router/cross_entropy",
+    "router_true_cross_entropy": "router/true_cross_entropy",
+    "router_calibration_error": "router/calibration_error",
     "distinct_fraction": "controlled/distinct_fraction",
     "rho_recon": "rho_recon",
     "marginal_nll": "marginal_nll",
@@ -192,23 +195,6 @@ def generation_lines(rows: Sequence[Generation], num_inputs: int, width: int) ->
             lines.append(line.rstrip())
         lines.append("")
     return lines
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write ``content`` so that ``path`` holds either its old or its new text, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _short(text: str, width: int) -> str:

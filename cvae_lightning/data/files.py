@@ -6,7 +6,7 @@ import csv
 import importlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,7 @@ def _json_rows(source: str, text: str) -> Iterator[Row]:
 
 
 def _csv_rows(source: str, text: str, delimiter: str) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)  # the default refuses a cell of more than 128 kB
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     start = 1
@@ -86,9 +87,9 @@ def _csv_rows(source: str, text: str, delimiter: str) -> Iterator[Row]:
         if header is None:
             header = cells
             if len(set(header)) < len(header):
-                raise ValueError(f"{where}: a column name appears twice in {header}")
+                raise ValueError(f"{where}: a column name appears twice in {listed(header)}")
         elif len(cells) != len(header):
-            raise ValueError(f"{where}: {len(cells)} cells, but the header has {len(header)} columns: {header}")
+            raise ValueError(f"{where}: {len(cells)} cells, but the header has {len(header)} columns: {listed(header)}")
         else:
             yield where, dict(zip(header, cells, strict=True))
 
@@ -116,3 +117,15 @@ def _dataset_rows(source: str, option: str, default_split: str) -> Iterator[Row]
             raise ValueError(f"{option}: the data set {name!r} has no split {split!r}; it has {', '.join(table)}")
         table = table[split]
     return ((f"{name}#{split}:{number}", dict(row)) for number, row in enumerate(table, 1))
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return names for a message, shortened where a file has many or long ones.
+
+    Example:
+        >>> print(listed(["x", "y" * 50, *"abcdefgh"]))
+        'x', 'yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy, 'a', 'b', 'c', 'd', 'e', 'f', and 2 more
+    """
+    names = list(names)
+    more = f", and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(f"{name!r:.40}" for name in names[:8]) + more

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 
 from cvae_lightning.data.base import RecordDataModule, Split
-from cvae_lightning.data.files import Row, read_rows
+from cvae_lightning.data.files import Row, listed, read_rows
 from cvae_lightning.data.loader import hash_int
 from cvae_lightning.outputs import UNLABELLED, Record
 
@@ -93,7 +93,7 @@ class PairsDataModule(RecordDataModule):
         if "val" not in pairs:
             pairs["train"], pairs["val"] = self._divide(pairs["train"])
         elif shared := {x for x, _ in pairs["train"].texts} & {x for x, _ in pairs["val"].texts}:
-            rank_zero_warn(f"{len(shared)} inputs of val_path are in train_path too, such as {min(shared)!r}")
+            rank_zero_warn(f"{len(shared)} inputs of val_path are in train_path too, such as {min(shared)!r:.60}")
         names = sorted({name for name in pairs["train"].names if name is not None})
         records = {split: self._labelled(rows, names) for split, rows in pairs.items()}
         self._pairs, self._names, self._records = pairs, names, records
@@ -113,7 +113,7 @@ class PairsDataModule(RecordDataModule):
         if self.strategy_column is not None and not labelled:
             raise ValueError(
                 f"{split}_path: {path!r} has no column {self.strategy_column!r} for strategy_column; its columns are "
-                f"{', '.join(map(repr, columns))}; set strategy_column to null for data without labels"
+                f"{listed(columns)}; set strategy_column to null for data without labels"
             )
         return pairs
 
@@ -121,7 +121,7 @@ class PairsDataModule(RecordDataModule):
     def _cell(row: Row, column: str) -> str:
         where, columns = row
         if column not in columns:
-            raise ValueError(f"{where}: no column {column!r}; the columns are {', '.join(map(repr, columns))}")
+            raise ValueError(f"{where}: no column {column!r}; the columns are {listed(columns)}")
         value: Any = columns[column]
         if not isinstance(value, str):
             raise ValueError(f"{where}: column {column!r} must be a text, got {type(value).__name__} {value!r:.60}")
@@ -150,8 +150,8 @@ class PairsDataModule(RecordDataModule):
         for i, (where, (x, y), name) in enumerate(zip(pairs.where, pairs.texts, pairs.names, strict=True)):
             if name not in index:
                 raise ValueError(
-                    f"{where}: strategy {name!r} does not appear in the training records; known are "
-                    f"{', '.join(map(repr, names)) or 'none'}"
+                    f"{where}: strategy {name!r:.40} does not appear in the training records; known are "
+                    f"{listed(names) or 'none'}"
                 )
             records.append(Record(x, y, index[name], i))
         return records

@@ -150,21 +150,27 @@ class LanguageModule(HasSpec, L.LightningModule):
 
     @classmethod
     def load_from_checkpoint(
-        cls, checkpoint_path: Any, map_location: Any = None, strict: bool = True, **kwargs: Any
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Load a checkpoint without running code that it names: weights only, and components of imported modules only.
 
         Args:
             checkpoint_path: the file.
             map_location: device, as for ``torch.load``; None = the device that it was saved from, where there is one.
-            strict: whether the weights must be exactly those of the model.
+            hparams_file: not read: a checkpoint remembers its own.
+            strict: whether the weights must be exactly those of the model; None = True.
+            weights_only: always True, whatever is given.
             kwargs: arguments of the model in place of those that the checkpoint remembers.
 
         Raises:
             ValueError: if it is no checkpoint of this class, or names a class of a module that is not imported.
         """
-        for ignored in ("weights_only", "hparams_file"):
-            kwargs.pop(ignored, None)
         source = str(checkpoint_path)
         stored = read_checkpoint(checkpoint_path, map_location or (None if torch.cuda.is_available() else "cpu"))
         remembered = stored.get(cls.CHECKPOINT_HYPER_PARAMS_KEY) or {}
@@ -178,7 +184,7 @@ class LanguageModule(HasSpec, L.LightningModule):
         except (TypeError, AttributeError, KeyError) as error:
             raise ValueError(f"{source} does not describe a {target.__name__}: {error}") from error
         model.on_load_checkpoint(stored)
-        model.load_state_dict(stored["state_dict"], strict=strict)
+        model.load_state_dict(stored["state_dict"], strict=strict is not False)
         return model.to(next((value.device for value in stored["state_dict"].values()), "cpu"))
 
     @property

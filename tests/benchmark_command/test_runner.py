@@ -190,7 +190,7 @@ def test_a_stopped_runner_frees_its_cells_which_go_on_where_they_were(folder, nu
     assert runner.returncode == code, out
     assert "goes on where this one was" in out
     assert not list(folder.path.rglob("claim.*"))
-    assert "base_conversion/entangled partial step 5 of 4000" in squeezed(folder.run("--list"))
+    assert "base_conversion/entangled partial step 5 of 3000" in squeezed(folder.run("--list"))
     (folder.path / "seconds").write_text("0")
     folder.run("--only", "base_conversion/entangled")
     assert folder.calls()["fit base_conversion/entangled resumed"] == 1

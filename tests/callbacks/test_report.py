@@ -1,14 +1,12 @@
 import json
-import os
 
 import pytest
 import torch
 from callback_fakes import FakeData, FakeModule, MirrorTask, make_trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from cvae_lightning.callbacks import report
 from cvae_lightning.callbacks.evaluation import StrategyEvaluation
-from cvae_lightning.callbacks.report import Report, write_json
+from cvae_lightning.callbacks.report import Report
 from cvae_lightning.metrics import LatentUsage
 
 
@@ -110,19 +108,3 @@ def test_unwritable_path_is_refused_before_the_test(tmp_path, blocked):
     module = NeverTested()
     with pytest.raises(ValueError, match=r"Report: (cannot create folder|path .* cannot be written)"):
         make_trainer(Report(path=str(path))).test(module, FakeData(None), verbose=False)
-
-
-def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
-    path = tmp_path / "s.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(ValueError, match="JSON compliant"):
-        write_json(path, {"a": float("nan")})
-
-    def fails(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(report.os, "replace", fails)
-    with pytest.raises(OSError, match="disk full"):
-        write_json(path, {"a": 2})
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert os.listdir(tmp_path) == ["s.json"]

@@ -169,5 +169,5 @@ def match(pattern: re.Pattern[str], x: str, task: str) -> tuple[str, ...]:
     """
     found = pattern.fullmatch(x)
     if found is None:
-        raise ValueError(f"{x!r} is not an input of {task}: expected the form {pattern.pattern}")
+        raise ValueError(f"{x!r:.60} is not an input of {task}: expected the form {pattern.pattern}")
     return found.groups()
