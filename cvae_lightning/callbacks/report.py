@@ -29,6 +29,7 @@ SUMMARY_KEYS = {
     "local_strategy_coverage_mean": "controlled/local_strategy_coverage_mean",
     "local_strategy_full_coverage_rate": "controlled/local_strategy_full_coverage_rate",
     "router_cross_entropy": "router/cross_entropy",
+    "router_expected_cross_entropy": "router/expected_cross_entropy",
     "router_true_cross_entropy": "router/true_cross_entropy",
     "router_calibration_error": "router/calibration_error",
     "distinct_fraction": "controlled/distinct_fraction",

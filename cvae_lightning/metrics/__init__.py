@@ -6,6 +6,7 @@ from cvae_lightning.metrics.controlled import ControlledAlignment
 from cvae_lightning.metrics.coverage import LocalStrategyCoverage
 from cvae_lightning.metrics.evidence import Evidence
 from cvae_lightning.metrics.reconstruction import ReconstructionRatio
+from cvae_lightning.metrics.router import RouterCalibration
 from cvae_lightning.metrics.usage import LatentUsage
 from cvae_lightning.metrics.weighted_means import WeightedMeans
 
@@ -16,6 +17,7 @@ __all__ = [
     "LocalStrategyCoverage",
     "LossContribution",
     "ReconstructionRatio",
+    "RouterCalibration",
     "StrategyAlignment",
     "WeightedMeans",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cvae_lightning.metrics.base import SumStatistics, check_shape
+from cvae_lightning.metrics.base import SumStatistics, check_range, check_shape
 from cvae_lightning.metrics.figures import Axes, Figure, heatmap
 from cvae_lightning.metrics.matching import clustering_scores
 
@@ -54,8 +54,8 @@ class StrategyAlignment(SumStatistics):
         """
         check_shape("latents", latents, "N")
         check_shape("strategies", strategies, latents.shape[0])
-        _check_range("latents", latents, 0, self.num_latents)
-        _check_range("strategies", strategies, -1, self.num_strategies)
+        check_range("latents", latents, 0, self.num_latents)
+        check_range("strategies", strategies, -1, self.num_strategies)
         columns = torch.where(strategies < 0, self.num_strategies, strategies)
         cells = latents * (self.num_strategies + 1) + columns
         self.table = self.table + torch.bincount(cells, minlength=self.table.numel()).view_as(self.table)
@@ -86,9 +86,3 @@ class StrategyAlignment(SumStatistics):
         shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
         notes = [[f"{s:.2f}\n({c})" for s, c in zip(*row, strict=True)] for row in zip(shares, counts, strict=True)]
         return heatmap(shares, row_names=latent_names, column_names=strategy_names, notes=notes, title=title, axes=ax)
-
-
-def _check_range(name: str, values: Tensor, low: int, high: int) -> None:
-    if values.numel() and (int(values.min()) < low or int(values.max()) >= high):
-        received = f"{int(values.min())}..{int(values.max())}"
-        raise ValueError(f"{name} must lie in {low}..{high - 1}, got {received}: check num_{name} and the labels")

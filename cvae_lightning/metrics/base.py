@@ -57,6 +57,13 @@ def check_shape(name: str, values: Tensor, *expected: int | str) -> None:
         raise ValueError(f"{name} must have shape [{', '.join(map(str, expected))}], got {list(values.shape)}")
 
 
+def check_range(name: str, values: Tensor, low: int, high: int) -> None:
+    """Raise a ValueError unless all indices lie in low..high - 1."""
+    if values.numel() and (int(values.min()) < low or int(values.max()) >= high):
+        received = f"{int(values.min())}..{int(values.max())}"
+        raise ValueError(f"{name} must lie in {low}..{high - 1}, got {received}: check num_{name} and the labels")
+
+
 def check_names(metric: str, received: Any, known: tuple[str, ...]) -> None:
     """Raise a ValueError if a name was not announced to the metric."""
     unknown = sorted(set(received) - set(known))

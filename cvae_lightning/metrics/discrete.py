@@ -11,6 +11,7 @@ from cvae_lightning.functional import categorical_kl, log_marginal_likelihood
 from cvae_lightning.metrics.alignment import StrategyAlignment
 from cvae_lightning.metrics.evidence import Evidence
 from cvae_lightning.metrics.reconstruction import ReconstructionRatio
+from cvae_lightning.metrics.router import ROUTER_SCORES, RouterCalibration
 from cvae_lightning.metrics.usage import LatentUsage
 from cvae_lightning.metrics.weighted_means import WeightedMeans
 from cvae_lightning.outputs import DiscreteOutputs
@@ -19,7 +20,7 @@ ALIGNMENT_KEYS = ("one_to_one", "ami", "nmi", "homogeneity", "purity")
 
 
 class DiscreteMetrics(nn.Module):
-    """Alignment, usage, evidence, reconstruction ratio and raw terms of one evaluation epoch.
+    """Alignment, router calibration, usage, evidence, reconstruction ratio and raw terms of one evaluation epoch.
 
     Alignment takes the argmax of the posterior that weighs the objective; ``alignment_amortized`` takes that of the
     posterior network, which needs no enumeration.
@@ -33,19 +34,21 @@ class DiscreteMetrics(nn.Module):
         self.num_latents = num_latents
         self.alignment: StrategyAlignment | None = None
         self.alignment_amortized: StrategyAlignment | None = None
+        self.router_calibration: RouterCalibration | None = None
         self.usage = LatentUsage(num_latents)
         self.evidence = Evidence()
         self.reconstruction = ReconstructionRatio(1.0)  # nats per token; divided by c_base when read
         self.means: WeightedMeans | None = None
 
     def set_strategies(self, num_strategies: int) -> None:
-        """Count alignment against this many strategies; 0 = the data has no labels."""
+        """Count alignment against this many strategies, and score the router; 0 = the data has no labels."""
         if not num_strategies:
-            self.alignment = self.alignment_amortized = None
+            self.alignment = self.alignment_amortized = self.router_calibration = None
         elif self.alignment is None or self.alignment.num_strategies != num_strategies:
             device = self.usage.device
             self.alignment = StrategyAlignment(self.num_latents, num_strategies).to(device)
             self.alignment_amortized = StrategyAlignment(self.num_latents, num_strategies).to(device)
+            self.router_calibration = RouterCalibration(self.num_latents, num_strategies).to(device)
 
     def update(
         self,
@@ -53,6 +56,7 @@ class DiscreteMetrics(nn.Module):
         strategy: Tensor,
         terms: Mapping[str, Tensor],
         extra: Mapping[str, Tensor],
+        true_probs: Tensor | None = None,
     ) -> None:
         """Add one batch.
 
@@ -60,6 +64,7 @@ class DiscreteMetrics(nn.Module):
             outputs: of the step.
             strategy: [B] labels, -1 where unknown.
             terms: raw terms, [] each. extra: diagnostics of the losses, [] each.
+            true_probs: [B, S] the data's own p(s|x), where it is known.
         """
         sequence_nll, router = outputs.sequence_nll, outputs.router_log_probs
         log_evidence = log_marginal_likelihood(router, sequence_nll)
@@ -79,6 +84,8 @@ class DiscreteMetrics(nn.Module):
             self.alignment.update(outputs.posterior_log_probs.argmax(-1), strategy)
             if outputs.amortized_log_probs is not None:
                 self.alignment_amortized.update(q.argmax(-1), strategy)
+        if self.router_calibration is not None:
+            self.router_calibration.update(router, outputs.posterior_log_probs.argmax(-1), strategy, true_probs)
 
     def compute_and_reset(self, c_base: float | None) -> dict[str, Tensor]:
         """Return the epoch's metrics by log key, without stage, and start anew."""
@@ -100,6 +107,11 @@ class DiscreteMetrics(nn.Module):
                 scores = metric.compute()
                 if int(scores["num_labelled"]):
                     result |= {f"{prefix}/{key}": scores[key] for key in ALIGNMENT_KEYS}
+        if self.router_calibration is not None and self.router_calibration.update_called:
+            scores = self.router_calibration.compute()
+            if int(scores["num_labelled"]):
+                known = (key for key in ROUTER_SCORES if not torch.isnan(scores[key]))
+                result |= {f"router/{key}": scores[key] for key in known}
         for part in self.children():
             part.reset()  # type: ignore[operator]
         return {key: value.to(self.usage.device, torch.float32) for key, value in result.items()}

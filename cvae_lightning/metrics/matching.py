@@ -21,6 +21,21 @@ def best_matching(matrix: NDArray) -> tuple[NDArray, NDArray]:
     return linear_sum_assignment(matrix, maximize=True)
 
 
+def latent_strategies(table: NDArray) -> NDArray:
+    """Return the strategy that each latent stands for, from counts: latents in rows, strategies in columns.
+
+    As many latents as strategies: the best one-to-one matching. Otherwise each latent's commonest strategy, and -1 for
+    a latent without counts.
+
+    Example:
+        >>> latent_strategies(np.array([[4, 3], [5, 0]])).tolist(), latent_strategies(np.array([[4], [0]])).tolist()
+        ([1, 0], [0, -1])
+    """
+    if table.shape[0] == table.shape[1]:
+        return best_matching(table)[1]
+    return np.where(table.sum(1) > 0, table.argmax(1), -1)
+
+
 def entropy(counts: NDArray) -> float:
     """Entropy in nats of the distribution proportional to ``counts``.
 

@@ -270,7 +270,9 @@ class SharedDiscreteCVAE(DiscreteUse):
         self, batch: PairBatch, outputs: Outputs, terms: Mapping[str, Tensor], extra: Mapping[str, Tensor]
     ) -> None:
         """Accumulate one evaluation batch."""
-        self.metrics.update(cast(DiscreteOutputs, outputs), batch.strategy, terms, extra)
+        probs = getattr(getattr(self.trainer, "datamodule", None), "strategy_probs", None)
+        true_probs = None if probs is None else torch.tensor([probs(x) for x in batch.x], device=batch.index.device)
+        self.metrics.update(cast(DiscreteOutputs, outputs), batch.strategy, terms, extra, true_probs)
 
     def aggregate_outputs(self) -> DiscreteOutputs:
         """Return one example whose router and posterior are the means over the split."""

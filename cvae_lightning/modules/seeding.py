@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass
-from itertools import islice, product
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +15,7 @@ from tqdm.auto import tqdm
 from cvae_lightning.backbones.causal_lm import evaluating
 from cvae_lightning.backbones.generation import generate_ids
 from cvae_lightning.backbones.solution_features import solution_features
+from cvae_lightning.modules.solution_clusters import cluster, combine
 from cvae_lightning.outputs import Record
 from cvae_lightning.spec import HasSpec
 from cvae_lightning.template import PromptTemplate
@@ -24,16 +24,6 @@ if TYPE_CHECKING:
     from cvae_lightning.modules.discrete import SharedDiscreteCVAE
 
 BATCH = 512  # solutions generated or read at a time
-
-
-@dataclass(frozen=True)
-class Clusters:
-    """A division of solutions: labels [N], points [N, 2] to draw, I(z; y|x) in nats, and the view it was found in."""
-
-    labels: Tensor
-    points: Tensor
-    information: float
-    view: str
 
 
 class LatentSeeding(HasSpec):
@@ -217,75 +207,6 @@ def unlimited(template: PromptTemplate) -> PromptTemplate:
     template = copy(template)
     template.max_length = None
     return template
-
-
-def combine(views: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the views of the hidden states side by side, those of the attention, and all of them, [N, F] each.
-
-    Every one counts with the same mean square.
-    """
-    scaled = {name: view / view.square().sum(-1).mean().sqrt().clamp_min(1e-12) for name, view in views.items()}
-    kinds = {name.partition(",")[0] for name in views}
-    joint = {kind: torch.cat([v for name, v in scaled.items() if name.startswith(kind)], -1) for kind in sorted(kinds)}
-    return joint if len(joint) == 1 else joint | {" and ".join(joint): torch.cat(list(joint.values()), -1)}
-
-
-def cluster(views: Mapping[str, Tensor], count: int, group: int, seed: int) -> Clusters | None:
-    """Return the k-means clusters of centred points that tell most, and dependably, about the solution of an input.
-
-    Several views, numbers of principal components, degrees of whitening and starts are tried; see :func:`divide` for
-    what wins.
-
-    Args:
-        views: [N * M, F] each, M solutions of an input in a row.
-        count: K clusters.
-        group: M.
-        seed: of k-means.
-
-    Returns:
-        None where fewer than K points differ.
-    """
-    best: Clusters | None = None
-    for name, points in views.items():
-        width = min(4 * count, *points.shape)
-        left, scale, _ = torch.pca_lowrank(points, min(width + 8, *points.shape), center=False, niter=4)
-        components = (left * scale)[:, :width].cpu()  # [N * M, C]
-        if len(components.round(decimals=4).unique(dim=0)) < count:
-            continue
-        sizes = sorted({min(factor * count, width) for factor in (2, 3, 4)})
-        for size, power, start in product(sizes, (0.25, 0.5, 0.75, 1.0), range(4)):
-            scaled = components[:, :size] / scale[:size].cpu().clamp_min(1e-6 * float(scale[0])) ** power
-            labels, information = divide(scaled, count, group, (seed + start) % 2**32)
-            if best is None or information > best.information:
-                best = Clusters(labels, components[:, :2], information, name)
-    return best
-
-
-def divide(points: Tensor, count: int, group: int, seed: int) -> tuple[Tensor, float]:
-    """Return k-means labels z [N * M], and what they say about the solution of a given input, in nats.
-
-    I(z; y|x) = H(z|x), the mean entropy of the labels of one input, is small for a division by what is in x, or by what
-    only some inputs have. But noise divides every input evenly; so what the labels lose between halves of the inputs is
-    taken off: H(z_a|z_b) of all points, z_a from the centres of one half, z_b from the same centres fitted on to the
-    other half.
-    Source: Lange et al. 2004, doi 10.1162/089976604773717621 (stability); the combination is this package's.
-    """
-    from sklearn.cluster import KMeans
-    from sklearn.metrics import pairwise_distances_argmin
-
-    x = points.double().numpy()
-    half = torch.arange(len(points)) // group % 2 == 0
-    one, other = (x[part.numpy()] for part in ((half, ~half) if not half.all() else (half, half)))
-    first = KMeans(count, n_init=1, random_state=seed).fit(one).cluster_centers_
-    second = KMeans(count, init=first, n_init=1).fit(other).cluster_centers_
-    labels = torch.as_tensor(KMeans(count, init=first, n_init=1).fit(x).labels_, dtype=torch.int64)
-    z_a, z_b = (torch.as_tensor(pairwise_distances_argmin(x, centres)) for centres in (first, second))
-    joint = torch.zeros(count, count, dtype=torch.float64).index_put_((z_a, z_b), torch.tensor(1.0).double(), True)
-    joint /= joint.sum()
-    shares = nn.functional.one_hot(labels, count).double().unflatten(0, (-1, group)).mean(1)  # [inputs, K]
-    kept = torch.special.entr(shares).sum(-1).mean()
-    lost = torch.special.entr(joint).sum() - min(torch.special.entr(joint.sum(axis)).sum() for axis in (0, 1))
-    return labels, float(kept - lost)
 
 
 def progress(items: Sequence[Any], size: int, title: str) -> Iterator[Any]:

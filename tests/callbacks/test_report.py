@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 import torch
@@ -17,6 +18,11 @@ class ReportedModule(FakeModule):
         self.to_log = {
             "alignment/one_to_one": 0.75,
             "alignment/ami": 0.5,
+            "alignment/purity": 0.875,
+            "router/cross_entropy": 0.75,
+            "router/expected_cross_entropy": 0.6875,
+            "router/true_cross_entropy": 0.625,
+            "router/calibration_error": math.inf,
             "rho_recon": 0.8,
             "marginal_nll": 0.2,
             "baseline_nll": 0.25,
@@ -42,6 +48,10 @@ def test_table_and_summary(tmp_path, capsys):
         "greedy_final_answer_accuracy": 1.0,
         "alignment_one_to_one": 0.75,
         "alignment_ami": 0.5,
+        "alignment_purity": 0.875,
+        "router_cross_entropy": 0.75,
+        "router_expected_cross_entropy": 0.6875,
+        "router_true_cross_entropy": 0.625,
         "alignment_ceiling": 0.875,
         "controlled_alignment_one_to_one": 0.75,
         "controlled_alignment_ceiling": 0.875,
@@ -52,6 +62,7 @@ def test_table_and_summary(tmp_path, capsys):
         "usage_perplexity": 1.75,
     }
     assert {key: summary[key] for key in expected} == pytest.approx(expected)
+    assert summary["router_calibration_error"] is None  # JSON knows no infinity
     assert summary["usage"] == [1.0, 0.0]
     assert summary["dead_latents"] == [1]
     printed = capsys.readouterr().out

@@ -18,6 +18,22 @@ def test_counts_and_scores_over_several_updates():
     assert (scores["num_labelled"].item(), scores["num_unlabelled"].item()) == (5, 1)
 
 
+@pytest.mark.parametrize(
+    ("latents", "num_latents", "purity"),
+    [
+        ([2, 2, 0, 0, 1, 1], 3, 1.0),  # perfect, under other names
+        ([1, 1, 1, 1, 1, 1], 3, 1 / 3),  # one latent for all
+        ([0, 1, 2, 3, 4, 5], 6, 1.0),  # two latents for every strategy
+        ([0, 1, 0, 1, 0, 1], 2, 1 / 3),  # independent of the strategy: chance
+        ([0, 0, 0, 0, 1, 1], 2, 2 / 3),  # two strategies share a latent
+    ],
+)
+def test_purity_is_the_share_of_each_latents_commonest_strategy(latents, num_latents, purity):
+    metric = StrategyAlignment(num_latents, 3)
+    metric.update(torch.tensor(latents), torch.tensor([0, 0, 1, 1, 2, 2]))
+    assert metric.compute()["purity"].item() == pytest.approx(purity)
+
+
 def test_without_labels_every_score_is_nan():
     metric = StrategyAlignment(2, 2)
     metric.update(torch.tensor([0, 1, 1]), torch.tensor([-1, -1, -1]))

@@ -185,6 +185,7 @@ def test_validation_logs_the_keys_of_the_design(artifact):
     expected = {f"val/{name}" for name in all_losses()}
     expected |= {f"val/loss_contrib/fraction_abs/{name}" for name in all_losses()}
     keys = "loss elbo marginal_nll baseline_nll rho_recon alignment/one_to_one alignment/ami alignment/nmi"
+    keys += " alignment/purity router/cross_entropy router/calibration_error"
     keys += " alignment/homogeneity diagnostics/inter_latent_jsd/weighted_mean diagnostics/posterior_entropy"
     keys += " diagnostics/router_entropy diagnostics/latent_usage_perplexity"
     expected |= {f"val/{key}" for key in keys.split()}

@@ -1,6 +1,7 @@
 """Two gloo processes with uneven data: the losses, gradients, metrics and training of one process."""
 
 import json
+import math
 
 import lightning as L
 import pytest
@@ -148,7 +149,7 @@ def test_validation_over_uneven_shards_equals_one_process(tmp_path, batch_size):
 
     def model():
         torch.manual_seed(3)
-        return SharedDiscreteCVAE(folder, all_losses(), num_latents=3)
+        return SharedDiscreteCVAE(folder, all_losses(), num_latents=5)  # as many as strategies
 
     one, two = both(
         model,
@@ -157,6 +158,10 @@ def test_validation_over_uneven_shards_equals_one_process(tmp_path, batch_size):
         lambda: [StrategyEvaluation(num_examples=7, max_new_tokens=12)],
     )
     assert {"val/rho_recon", "val/alignment/one_to_one", "val/controlled/alignment_one_to_one"} <= one.keys()
+    assert one["val/router/true_cross_entropy"] == pytest.approx(math.log(5))
+    assert math.log(5) <= one["val/router/expected_cross_entropy"] < math.inf
+    assert math.log(2) < one["val/router/cross_entropy"] < math.inf
+    assert 0 <= one["val/router/calibration_error"] < 1
     assert {f"val/{name}" for name in (*BATCH_STATISTICS, "loss")} <= one.keys()  # of the split, not of its batches
     assert_same_metrics(two, one)
 

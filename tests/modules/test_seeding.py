@@ -20,7 +20,7 @@ from cvae_lightning.backbones.solution_features import solution_features
 from cvae_lightning.functional import exact_posterior
 from cvae_lightning.losses import FreeEnergyLoss, PosteriorDistillationLoss
 from cvae_lightning.modules import seeding as module_of_seeding
-from cvae_lightning.modules.seeding import cluster, divide
+from cvae_lightning.modules.solution_clusters import cluster, divide
 from cvae_lightning.outputs import Record
 from cvae_lightning.template import PromptTemplate
 
@@ -145,6 +145,8 @@ def test_noise_divides_evenly_and_says_nothing():
     _, planted_information = divide(small(num_solutions=9).centre(features), K, 9, seed=0)
     assert information < 0.7 * planted_information
     assert divide(noise[:9], K, 9, seed=0)[0].shape == (9,)  # one input has no halves
+    alike = noise[:3].repeat_interleave(3, 0).repeat(2, 1)  # halves of three different points, each several times
+    assert divide(alike[:9].roll(3, 0), K, 3, seed=0)[0].unique().numel() == K
 
 
 def test_clusters_are_those_of_the_seed():
