@@ -477,7 +477,7 @@ def test_two_processes_hold_the_posterior_of_one(artifact, tmp_path):
     assert f"{POSTERIOR}project.weight" in changed(states["seeded", "10"], snapshot(build(artifact, small())))
     assert not changed(states["seeded", "20"], states["seeded", "10"])
     assert not changed(states["seeded", "21"], states["seeded", "10"])
-    assert not changed(states["end", "21"], states["end", "20"])
+    assert changed(states["end", "21"], states["end", "20"]) <= {"longest_y"}  # what a rank has seen itself
     assert changed(states["end", "20"], states["seeded", "20"])
 
 
