@@ -144,7 +144,9 @@ def test_when_one_runner_is_killed_the_other_finishes_the_job(folder):
     assert left_behind < len(NAMES)
     assert {*folder.results()} == {*NAMES}
     calls = folder.calls()
-    assert all(calls[f"finished {name}"] == 1 for name in NAMES), calls
+    again = {name: calls[f"finished {name}"] - 1 for name in NAMES}  # tested, but killed before it was written down
+    assert {*again.values()} <= {0, 1}, calls
+    assert sum(again.values()) <= 2, calls  # of the victim's two jobs
     assert "lost" not in out
 
 
