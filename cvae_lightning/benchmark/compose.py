@@ -12,6 +12,14 @@ from cvae_lightning.config_merge import merge_model
 ENTRY_KEYS = frozenset({"class_path", "init_args", "dict_kwargs"})
 
 
+class _Absent:
+    def __repr__(self) -> str:
+        return "absent"
+
+
+ABSENT = _Absent()
+
+
 def compose(configs: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the configs merged in order, with the options set.
 
@@ -152,22 +160,8 @@ def differences(before: Any, after: Any, name: str = "") -> list[str]:
     """
     if isinstance(before, dict) and isinstance(after, dict):
         keys = list(dict.fromkeys([*before, *after]))
-        absent = _Absent()
         parts = (
-            differences(before.get(k, absent), after.get(k, absent), f"{name}.{k}" if name else str(k)) for k in keys
+            differences(before.get(k, ABSENT), after.get(k, ABSENT), f"{name}.{k}" if name else str(k)) for k in keys
         )
         return [text for part in parts for text in part]
     return [] if before == after else [f"{name}: {before!r:.80} then, {after!r:.80} now"]
-
-
-class _Absent:
-    def __repr__(self) -> str:
-        return "absent"
-
-    def __format__(self, spec: str) -> str:
-        return "absent"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Absent)
-
-    __hash__ = None  # type: ignore[assignment]

@@ -6,6 +6,7 @@ import fnmatch
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -233,7 +234,7 @@ def _check_steps(config: dict[str, Any]) -> None:
 
 def located(cell: Cell, test: bool) -> dict[str, Any]:
     """Return the whole config of a cell's training or test, with its folders."""
-    config = compose([cell.test_config if test else cell.config], {})
+    config = deepcopy(cell.test_config if test else cell.config)
     options: dict[str, Any] = {
         "trainer.default_root_dir": str(cell.folder),
         "trainer.enable_progress_bar": False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -62,7 +62,7 @@ def state(cell: Cell) -> State:
     """Return where a cell stands."""
     result = read_result(cell)
     if result is not None and result["status"] == "done":
-        return "done" if result["hash"] == cell.hash else "changed"
+        return "done" if finishes(result, cell) else "changed"
     if is_claimed(cell.folder):
         return "running"
     if result is not None:
@@ -75,7 +75,11 @@ def state(cell: Cell) -> State:
 
 def is_done(cell: Cell) -> bool:
     """Return whether the cell is finished with the configuration that it has now."""
-    result = read_result(cell)
+    return finishes(read_result(cell), cell)
+
+
+def finishes(result: Mapping[str, Any] | None, cell: Cell) -> bool:
+    """Return whether this result is that of the cell with the configuration that it has now, and no failure."""
     return result is not None and result["status"] == "done" and result["hash"] == cell.hash
 
 

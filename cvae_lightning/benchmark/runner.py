@@ -138,22 +138,21 @@ class Runner:
         if cell.entangled is not None and not self._done(cell.entangled) and self._settled(cell.entangled):
             return True
         result = self._result(cell)
-        if result is None or (result["status"] == "done" and result["hash"] != cell.hash):
-            return False
-        return result["status"] == "done" or result["attempt"] != self._old_failures.get(cell)
+        if result is not None and result["status"] == "failed":
+            return bool(result["attempt"] != self._old_failures.get(cell))
+        return records.finishes(result, cell)
 
     def _result(self, cell: Cell) -> dict[str, Any] | None:
         """Read the result of a cell; one that is done stays so, and is read once."""
         if cell in self._results:
             return self._results[cell]
         result = records.read_result(cell)
-        if result is not None and result["status"] == "done" and result["hash"] == cell.hash:
+        if result is not None and records.finishes(result, cell):
             self._results[cell] = result
         return result
 
     def _done(self, cell: Cell) -> bool:
-        result = self._result(cell)
-        return result is not None and result["status"] == "done" and result["hash"] == cell.hash
+        return records.finishes(self._result(cell), cell)
 
     def _try(self, cell: Cell) -> None:
         claim = Claim.take(cell.folder)
