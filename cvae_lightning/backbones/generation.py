@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -122,8 +123,10 @@ def generate_ids(
         if do_sample:
             options["temperature"] = temperature
         return _generate_by_transformers(lm, ids, mask, end_id, generator, banned, tokenizer, options)
-    decoder, head, sharing = decoder_of(lm), head_of(lm), attends_only(lm)
-    cache: Any = DynamicCache(config=lm.config)
+    decoder, head = decoder_of(lm), head_of(lm)
+    cache: Any = DynamicCache(config=lm.config) if takes_cache(decoder) else None
+    remembering = {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
+    sharing = cache is not None and attends_only(lm)
     mask = mask.long()
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     if branches is not None:
@@ -133,7 +136,7 @@ def generate_ids(
         behind = (mask.cumsum(-1) - 1).clamp_min(0)
         if sharing:
             prompt = {"input_ids": ids, "attention_mask": seen[:: len(branches)], "position_ids": positions}
-            decoder(**prompt, past_key_values=cache, use_cache=True)
+            decoder(**prompt, **remembering)
             cache.batch_repeat_interleave(len(branches))
             ids, positions = tail, behind[:, -tail.shape[1] :]
         else:
@@ -145,28 +148,42 @@ def generate_ids(
             **{"inputs_embeds" if ids.is_floating_point() else "input_ids": ids},
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
+            **remembering,
         )
         logits = head.logits(output.last_hidden_state[:, -1])  # [rows, V]
         if banned is not None:
             logits[:, banned] = float("-inf")
         if do_sample:
-            ids = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
         else:
-            ids = logits.argmax(-1, keepdim=True)
-        result[rows, step] = ids[:, 0]
+            new = logits.argmax(-1, keepdim=True)
+        result[rows, step] = new[:, 0]
         running = (result[rows, : step + 1] != end_id).all(-1)
         left = int(running.sum())
         if left == 0:
             return result[:, : step + 1]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
-        positions = positions[:, -1:] + 1
-        if shrink and sharing and left <= 0.75 * len(rows):
+        behind = positions[:, -1:] + 1
+        if cache is None:  # all of it is read again
+            tail = lm.get_input_embeddings()(new) if ids.is_floating_point() else new
+            ids, positions = torch.cat([ids, tail], 1), torch.cat([positions, behind], -1)
+        else:
+            ids, positions = new, behind
+        if shrink and (sharing or cache is None) and left <= 0.75 * len(rows):
             index = running.nonzero()[:, 0]
-            cache.batch_select_indices(index)
+            if cache is not None:
+                cache.batch_select_indices(index)
             rows, ids, mask, positions = (t[index] for t in (rows, ids, mask, positions))
     return result
+
+
+def takes_cache(decoder: Any) -> bool:
+    """Return whether a decoder takes a cache under the name that all but a few state-space families use.
+
+    These few take no notice of ``past_key_values``, and those of them that keep a state of their own leave padding out
+    of account when they go on from it.
+    """
+    return "past_key_values" in inspect.signature(decoder.forward).parameters
 
 
 def _generate_by_transformers(

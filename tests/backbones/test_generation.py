@@ -18,6 +18,13 @@ RECURRENT = {
     "num_key_value_heads": 1,
     "layer_types": ["conv", "full_attention"],
 }
+STATE_SPACE = {  # families that take no `past_key_values`
+    "mamba2": {
+        **{"model_type": "mamba2", "hidden_size": 16, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 8},
+        **{"state_size": 4, "n_groups": 1, "chunk_size": 4},
+    },
+    "mamba": {"model_type": "mamba", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2},
+}
 END, LIMIT = 7, 9
 
 
@@ -49,7 +56,10 @@ def until_end(row):
     return row[: row.index(END) + 1] if END in row else row
 
 
-@pytest.mark.parametrize("config", [*CONFIGS.values(), RECURRENT], ids=[*CONFIGS, "lfm2"])
+FAMILIES = {**CONFIGS, "lfm2": RECURRENT, **STATE_SPACE}
+
+
+@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
 def test_branches_continue_every_prompt_as_if_alone(config):
     lm, banned = build(config), torch.tensor([0, 1])
     generator = torch.Generator().manual_seed(3)
@@ -64,6 +74,16 @@ def test_branches_continue_every_prompt_as_if_alone(config):
     assert len(lengths) > 1 or config is RECURRENT  # rows end at different steps, so some have left the batch
     plain = generate_ids(lm, ids, mask, END, LIMIT, banned=banned)
     assert [until_end(row) for row in plain] == [alone(lm, prompt, banned) for prompt in prompts]
+
+
+@pytest.mark.parametrize("config", STATE_SPACE.values(), ids=STATE_SPACE)
+def test_vectors_are_continued_without_a_cache_too(config):
+    lm = build(config)
+    ids = torch.randint(2, 20, (4, 5), generator=torch.Generator().manual_seed(4))
+    mask = torch.arange(5) >= 5 - torch.tensor([5, 2, 3, 4])[:, None]
+    found = generate_ids(lm, lm.get_input_embeddings()(ids), mask, END, LIMIT)
+    prompts = [p[m].tolist() for p, m in zip(ids, mask, strict=True)]
+    assert [until_end(row) for row in found] == [alone(lm, prompt, []) for prompt in prompts]
 
 
 def test_the_prefix_is_read_once_and_ended_rows_cost_nothing():
