@@ -111,8 +111,10 @@ class PromptTemplate:
         if not texts:
             return []
         for text in texts:
-            if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-                raise ValueError(f"{text!r:.60} holds half of a surrogate pair, which is not a character")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{text!r:.60} holds half of a surrogate pair, which is not a character") from error
         return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def segments(self, records: Sequence[Record]) -> list[tuple[list[int], list[int]]]:

@@ -10,6 +10,7 @@ from cvae_lightning import losses as losses_
 from cvae_lightning.backbones.artifact import Baseline, save_artifact
 from cvae_lightning.backbones.causal_lm import build_causal_lm
 from cvae_lightning.backbones.tokenizer import build_tokenizer
+from cvae_lightning.data.tasks import MultidigitAddition
 from cvae_lightning.outputs import Record
 from cvae_lightning.template import PromptTemplate
 
@@ -80,6 +81,23 @@ def tiny_artifact(folder, family="llama", seed=0, c_base=1.5, **baseline):
     lm, template = tiny_lm(family, seed)
     values = {"num_tokens": 10, "data": "tiny-val", "template": template.fingerprint(), **baseline}
     save_artifact(folder, lm, template.tokenizer, Baseline(c_base=c_base, **values))
+    return str(folder)
+
+
+ADDITION_LM = CONFIGS["llama"] | {"max_position_embeddings": 256}
+"""Config of a model that has room for additions."""
+
+
+def addition_artifact(folder, config=ADDITION_LM, scale=1.0, c_base=1.5, data="-"):
+    """An untrained entangled model whose tokenizer knows the characters of additions."""
+    template = PromptTemplate(build_tokenizer([MultidigitAddition().alphabet], "char"))
+    torch.manual_seed(0)
+    lm = build_causal_lm(config, len(template), template.pad_id)
+    with torch.no_grad():
+        for p in lm.parameters():
+            if p.ndim == 2:
+                p.mul_(scale)
+    save_artifact(folder, lm, template.tokenizer, Baseline(c_base, 10, data, template.fingerprint()))
     return str(folder)
 
 

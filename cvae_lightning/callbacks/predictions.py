@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+
+from cvae_lightning.atomic_write import replacing
 
 
 class PredictionWriter(Callback):
@@ -70,9 +71,7 @@ class PredictionWriter(Callback):
         missing = [str(part) for part in parts if not part.exists()]
         if missing:
             raise ValueError(f"predictions of other processes are missing ({missing[0]}): give a path that they share")
-        merged = self._part(trainer, 0).with_suffix(".merged")
-        count = merge(parts, merged)
-        os.replace(merged, self.target(trainer))
+        count = merge(parts, self.target(trainer))
         for part in parts:
             part.unlink()
         rank_zero_info(f"{count} predictions written to {self.target(trainer)}")
@@ -97,15 +96,13 @@ def merge(parts: Sequence[Path], target: Path) -> int:
             places += [(index, number, offset) for index, offset in _places(file)]
         places.sort()
         written, count = (math.inf, 0), 0
-        with target.open("wb") as out:
+        with replacing(target, target.with_name(f".{target.name}.merged")) as out:
             for index, number, offset in places:
                 if index != math.inf and written[0] == index and written[1] != number:
                     continue
                 files[number].seek(offset)
                 out.write(files[number].readline())
                 written, count = (index, number), count + 1
-            out.flush()
-            os.fsync(out.fileno())
     return count
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cvae_lightning.metrics.base import SumStatistics, check_range, check_shape
+from cvae_lightning.metrics.base import SumStatistics, check_counts, check_range, check_shape
 from cvae_lightning.metrics.figures import Axes, Figure, heatmap
 from cvae_lightning.metrics.matching import clustering_scores
 
@@ -38,9 +38,7 @@ class StrategyAlignment(SumStatistics):
 
     def __init__(self, num_latents: int, num_strategies: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        for name, number in (("num_latents", num_latents), ("num_strategies", num_strategies)):
-            if number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}")
+        check_counts(num_latents=num_latents, num_strategies=num_strategies)
         self.num_latents, self.num_strategies = num_latents, num_strategies
         self.add_sum("table", num_latents, num_strategies + 1, dtype=torch.int64)  # last column: unlabelled
         self._contingency = self.table[:, :-1]

@@ -50,6 +50,13 @@ class SumStatistics(Metric):
         return self._latest
 
 
+def check_counts(**numbers: int) -> None:
+    """Raise a ValueError unless every number is at least 1."""
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+
+
 def check_shape(name: str, values: Tensor, *expected: int | str) -> None:
     """Raise a ValueError unless ``values`` has the expected shape; a letter stands for any size."""
     same_rank = values.dim() == len(expected)

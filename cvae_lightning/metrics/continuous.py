@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cvae_lightning.functional import gaussian_entropy, gaussian_kl
 from cvae_lightning.metrics.base import SumStatistics, check_shape
-from cvae_lightning.metrics.evidence import Evidence
+from cvae_lightning.metrics.epoch import EpochMetrics
 from cvae_lightning.metrics.figures import Axes, Figure, grouped_bars
 from cvae_lightning.metrics.points import LatentPoints
-from cvae_lightning.metrics.reconstruction import ReconstructionRatio
 from cvae_lightning.metrics.weighted_means import WeightedMeans
 from cvae_lightning.outputs import ContinuousOutputs, PairBatch, require
 
@@ -97,7 +96,7 @@ class LatentMoments(SumStatistics):
         )
 
 
-class ContinuousMetrics(nn.Module):
+class ContinuousMetrics(EpochMetrics):
     """Evidence, reconstruction ratio, latent moments and raw terms of one evaluation epoch.
 
     ``points`` keeps the means themselves, for probes and clusters.
@@ -110,10 +109,7 @@ class ContinuousMetrics(nn.Module):
         super().__init__()
         self.moments = LatentMoments(latent_dim)
         self.points = LatentPoints(latent_dim)
-        self.evidence = Evidence()
-        self.reconstruction = ReconstructionRatio(1.0)  # nats per token; divided by c_base when read
         self.errors = WeightedMeans(["squared_error", "tokens"])
-        self.means: WeightedMeans | None = None
 
     def update(
         self,
@@ -131,44 +127,29 @@ class ContinuousMetrics(nn.Module):
         """
         gaussians = (outputs.posterior_mean, outputs.posterior_logvar, outputs.prior_mean, outputs.prior_logvar)
         expected_nll, kl = outputs.posterior_sequence_nll.mean(-1), gaussian_kl(*gaussians)
-        tokens = outputs.y_mask.sum(-1)
-        baseline = None if outputs.baseline_nll is None else outputs.baseline_nll.sum(-1)
-        self.evidence.update(require(outputs, "log_evidence"), baseline, tokens)
+        tokens = self.add_costs(outputs, require(outputs, "log_evidence"), expected_nll)
         self.errors.update({"squared_error": require(outputs, "log_evidence_error").square(), "tokens": tokens})
-        self.reconstruction.update(expected_nll, tokens)
         self.moments.update(*gaussians)
         self.points.update(outputs.posterior_mean, outputs.prior_mean, batch.strategy, batch.index)
         scalars = {
-            **terms,
-            **{f"diagnostics/{key}": value for key, value in extra.items()},
             "elbo": -expected_nll - kl,
             "diagnostics/prior_kl": kl,
             "diagnostics/posterior_entropy": gaussian_entropy(outputs.posterior_logvar),
             "diagnostics/router_entropy": gaussian_entropy(outputs.prior_logvar),
         }
-        if self.means is None:
-            self.means = WeightedMeans(list(scalars)).to(self.moments.device)
-        self.means.update(scalars, weight=len(tokens))
+        self.add_scalars(terms, extra, scalars, len(tokens))
 
     def compute_and_reset(self, c_base: float | None) -> dict[str, Tensor]:
         """Return the epoch's metrics by log key, without stage, and start anew."""
-        result = dict(self.means.compute()) if self.means is not None else {}
-        evidence, moments, errors = self.evidence.compute(), self.moments.compute(), self.errors.compute()
-        result["marginal_nll"] = evidence["marginal_nll"]
+        result, moments, errors = self.costs_and_scalars(c_base), self.moments.compute(), self.errors.compute()
         # the records' errors are independent: variances add
         records = self.moments.count
         result["marginal_nll_standard_error"] = (errors["squared_error"] / records).sqrt() / errors["tokens"]
-        if not torch.isnan(evidence["baseline_nll"]):
-            result |= {"baseline_nll": evidence["baseline_nll"], "marginal_nll_ratio": evidence["ratio"]}
-        if c_base is not None:
-            result["rho_recon"] = self.reconstruction.compute() / c_base
         result["diagnostics/active_units"] = moments["active_units"]
         result["diagnostics/active_units_delta"] = torch.tensor(self.moments.delta)
         result["diagnostics/posterior_std"] = moments["posterior_variance"].mean().sqrt()
         for d in range(self.moments.latent_dim):
             result |= {f"router_marginal/{key}_d{d}": moments[f"router_{key}"][d] for key in ("mean", "variance")}
             result[f"posterior_std/d{d}"] = moments["posterior_variance"][d].sqrt()
-        device = self.moments.device
-        for part in self.children():
-            part.reset()  # type: ignore[operator]
-        return {key: value.to(device, torch.float32) for key, value in result.items()}
+        self.reset()
+        return self.on_device(result)

@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cvae_lightning.functional import categorical_kl, log_marginal_likelihood
 from cvae_lightning.metrics.alignment import StrategyAlignment
-from cvae_lightning.metrics.evidence import Evidence
-from cvae_lightning.metrics.reconstruction import ReconstructionRatio
+from cvae_lightning.metrics.epoch import EpochMetrics
 from cvae_lightning.metrics.router import ROUTER_SCORES, RouterCalibration
 from cvae_lightning.metrics.usage import LatentUsage
-from cvae_lightning.metrics.weighted_means import WeightedMeans
 from cvae_lightning.outputs import DiscreteOutputs
 
 ALIGNMENT_KEYS = ("one_to_one", "ami", "nmi", "homogeneity", "purity")
 
 
-class DiscreteMetrics(nn.Module):
+class DiscreteMetrics(EpochMetrics):
     """Alignment, router calibration, usage, evidence, reconstruction ratio and raw terms of one evaluation epoch.
 
     Alignment takes the argmax of the posterior that weighs the objective; ``alignment_amortized`` takes that of the
@@ -36,9 +34,6 @@ class DiscreteMetrics(nn.Module):
         self.alignment_amortized: StrategyAlignment | None = None
         self.router_calibration: RouterCalibration | None = None
         self.usage = LatentUsage(num_latents)
-        self.evidence = Evidence()
-        self.reconstruction = ReconstructionRatio(1.0)  # nats per token; divided by c_base when read
-        self.means: WeightedMeans | None = None
 
     def set_strategies(self, num_strategies: int) -> None:
         """Count alignment against this many strategies, and score the router; 0 = the data has no labels."""
@@ -70,16 +65,10 @@ class DiscreteMetrics(nn.Module):
         log_evidence = log_marginal_likelihood(router, sequence_nll)
         q = outputs.posterior_log_probs if outputs.amortized_log_probs is None else outputs.amortized_log_probs
         elbo = -(q.exp() * sequence_nll).sum(-1) - categorical_kl(q, router)
-        tokens = outputs.y_mask.sum(-1)
-        baseline = None if outputs.baseline_nll is None else outputs.baseline_nll.sum(-1)
-
+        expected_nll = (outputs.posterior_log_probs.exp() * sequence_nll).sum(-1)
+        tokens = self.add_costs(outputs, log_evidence, expected_nll)
+        self.add_scalars(terms, extra, {"elbo": elbo}, len(tokens))
         self.usage.update(outputs.posterior_log_probs, router)
-        self.evidence.update(log_evidence, baseline, tokens)
-        self.reconstruction.update((outputs.posterior_log_probs.exp() * sequence_nll).sum(-1), tokens)
-        scalars = {**terms, **{f"diagnostics/{key}": value for key, value in extra.items()}, "elbo": elbo}
-        if self.means is None:
-            self.means = WeightedMeans(list(scalars)).to(self.usage.device)
-        self.means.update(scalars, weight=len(tokens))
         if self.alignment is not None and self.alignment_amortized is not None:
             self.alignment.update(outputs.posterior_log_probs.argmax(-1), strategy)
             if outputs.amortized_log_probs is not None:
@@ -89,13 +78,7 @@ class DiscreteMetrics(nn.Module):
 
     def compute_and_reset(self, c_base: float | None) -> dict[str, Tensor]:
         """Return the epoch's metrics by log key, without stage, and start anew."""
-        result = dict(self.means.compute()) if self.means is not None else {}
-        evidence, usage = self.evidence.compute(), self.usage.compute()
-        result["marginal_nll"] = evidence["marginal_nll"]
-        if not torch.isnan(evidence["baseline_nll"]):
-            result |= {"baseline_nll": evidence["baseline_nll"], "marginal_nll_ratio": evidence["ratio"]}
-        if c_base is not None:
-            result["rho_recon"] = self.reconstruction.compute() / c_base
+        result, usage = self.costs_and_scalars(c_base), self.usage.compute()
         result |= {
             "diagnostics/posterior_entropy": usage["posterior_entropy"],
             "diagnostics/router_entropy": usage["router_entropy"],
@@ -112,6 +95,5 @@ class DiscreteMetrics(nn.Module):
             if int(scores["num_labelled"]):
                 known = (key for key in ROUTER_SCORES if not torch.isnan(scores[key]))
                 result |= {f"router/{key}": scores[key] for key in known}
-        for part in self.children():
-            part.reset()  # type: ignore[operator]
-        return {key: value.to(self.usage.device, torch.float32) for key, value in result.items()}
+        self.reset()
+        return self.on_device(result)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from cvae_lightning.metrics.base import check_range, check_shape
+from cvae_lightning.metrics.base import check_counts, check_range, check_shape
 from cvae_lightning.metrics.matching import latent_strategies
 
 NUM_BINS = 10
@@ -56,9 +56,7 @@ class RouterCalibration(Metric):
 
     def __init__(self, num_latents: int, num_strategies: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        for name, number in (("num_latents", num_latents), ("num_strategies", num_strategies)):
-            if number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}")
+        check_counts(num_latents=num_latents, num_strategies=num_strategies)
         self.num_latents, self.num_strategies = num_latents, num_strategies
         self.add_state("rows", [], dist_reduce_fx="cat")  # log p(z|x), p*(s|x), latent, strategy
 

@@ -4,6 +4,7 @@ import signal
 
 import pytest
 import yaml
+from forked_commands import same
 from interruptions import killing
 
 
@@ -36,7 +37,7 @@ def test_a_run_goes_on_behind_an_epoch_as_if_it_had_never_stopped(here, accumula
         assert code == (143 if number == signal.SIGTERM else -signal.SIGKILL), (folder / "log.txt").read_text()
         assert killing.saved(folder)["global_step"] == -(-11 // accumulated)
         assert killing.finish(folder, name)[0] == 0
-        assert killing.same(killing.end_state(folder), killing.end_state(whole))
+        assert same(killing.end_state(folder), killing.end_state(whole))
         values, expected = killing.seen(folder), killing.seen(whole)
         assert values.keys() <= expected.keys()
         assert all(values[key] == expected[key] for key in values)

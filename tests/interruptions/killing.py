@@ -1,29 +1,18 @@
-"""Runs of ``cvae-lightning fit`` that are ended at random moments and started again by the same command.
-
-Every run has a forked process of its own, so that it can be killed in earnest without paying for its start.
-"""
+"""Runs of ``cvae-lightning fit`` that are ended at random moments and started again by the same command."""
 
 import json
-import multiprocessing
 import os
 import random
 import signal
-import sys
 import time
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import forked_commands
 import torch
 import yaml
-from tiny import CONFIGS
-
-from cvae_lightning import cli
-from cvae_lightning.backbones.artifact import Baseline, save_artifact
-from cvae_lightning.backbones.causal_lm import build_causal_lm
-from cvae_lightning.backbones.tokenizer import build_tokenizer
-from cvae_lightning.data.tasks import MultidigitAddition
-from cvae_lightning.template import PromptTemplate
+from forked_commands import exit_code, same
+from tiny import ADDITION_LM, addition_artifact
 
 INTERVAL = 3
 """Optimizer steps between two checkpoints."""
@@ -49,7 +38,7 @@ class Watcher(Callback):
             metrics = {k: float(v).hex() for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
             self.note(trainer, "val", trainer.fit_loop.epoch_loop.total_batch_idx, metrics)
 '''
-LM = CONFIGS["llama"] | {"max_position_embeddings": 256, "attention_dropout": 0.2}
+LM = ADDITION_LM | {"attention_dropout": 0.2}
 TRAINER = {
     "max_steps": 21,
     "accumulate_grad_batches": 2,
@@ -95,10 +84,7 @@ def prepare(here):
     """Fill a user's folder: an artifact, an own callback, and a config per model."""
     here = Path(here)
     (here / "watcher.py").write_text(WATCHER)
-    template = PromptTemplate(build_tokenizer([MultidigitAddition().alphabet], "char"))
-    torch.manual_seed(0)
-    lm = build_causal_lm(LM, len(template), template.pad_id)
-    save_artifact(here / "artifact", lm, template.tokenizer, Baseline(1.5, 10, "-", template.fingerprint()))
+    addition_artifact(here / "artifact", LM)
     for name, model in MODELS.items():
         config = {
             "seed_everything": 1,
@@ -113,34 +99,14 @@ def prepare(here):
 
 def start(folder, name, **environment):
     """Start the one command that begins a run and goes on with it."""
-    folder.mkdir(exist_ok=True)
-    words = ["fit", "--config", f"../{name}.yaml", "--ckpt_path", "last"]
-    child = multiprocessing.get_context("fork").Process(target=_child, args=(folder, words, environment))
-    child.start()
-    return child
-
-
-def _child(folder, words, environment):
-    os.setsid()
-    os.chdir(folder)
-    os.environ.update(environment)
-    sys.path.append(str(folder.parent))
-    warnings.resetwarnings()
-    log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)  # not the test's capture
-    os._exit(cli.main(words))
+    return forked_commands.start(folder, ["fit", "--config", f"../{name}.yaml", "--ckpt_path", "last"], **environment)
 
 
 def finish(folder, name, **environment):
     """Let the command run to its end and return (exit code, seconds)."""
     begun = time.monotonic()
-    child = start(folder, name, **environment)
-    child.join(300)
-    if child.is_alive():
-        child.kill()
-    return child.exitcode, time.monotonic() - begun
+    code = exit_code(start(folder, name, **environment), 300)
+    return code, time.monotonic() - begun
 
 
 def seen(folder):
@@ -169,19 +135,7 @@ def saved(folder):
 
 def end_state(folder):
     """Return all that a run has trained."""
-    checkpoint = saved(folder)
-    return {key: checkpoint[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step")}
-
-
-def same(a, b):
-    """Return whether two nested structures are equal bit for bit (nan is nan)."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    return a == b or (a != a and b != b)
+    return forked_commands.end_state(folder / "checkpoints/last.ckpt")
 
 
 @dataclass

@@ -4,7 +4,8 @@ import re
 import signal
 
 import pytest
-from interruptions.killing import end_state, finish, interrupt, last_step, prepare, same, saved, seen
+from forked_commands import same
+from interruptions.killing import end_state, finish, interrupt, last_step, prepare, saved, seen
 from interruptions.others import kill_benchmark, kill_cache
 
 

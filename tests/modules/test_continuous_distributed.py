@@ -5,17 +5,13 @@ import json
 import lightning as L
 import pytest
 import torch
-from tiny import CONFIGS
+from tiny import addition_artifact
 
 from cvae_lightning import losses as losses_
-from cvae_lightning.backbones.artifact import Baseline, save_artifact
-from cvae_lightning.backbones.causal_lm import build_causal_lm
-from cvae_lightning.backbones.tokenizer import build_tokenizer
 from cvae_lightning.callbacks import ContinuousEvaluation
 from cvae_lightning.data import SyntheticDataModule
 from cvae_lightning.data.tasks import MultidigitAddition
 from cvae_lightning.modules import ContinuousCVAE
-from cvae_lightning.template import PromptTemplate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fingerprint.*")
 
@@ -44,12 +40,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("artifact")
-    template = PromptTemplate(build_tokenizer(["".join(sorted(data().alphabet()))], "char"))
-    torch.manual_seed(0)
-    lm = build_causal_lm(CONFIGS["llama"] | {"max_position_embeddings": 256}, len(template), template.pad_id)
-    save_artifact(folder, lm, template.tokenizer, Baseline(2.0, 10, "-", template.fingerprint()))
-    return str(folder)
+    return addition_artifact(tmp_path_factory.mktemp("artifact"), c_base=2.0)
 
 
 class Dump(L.Callback):

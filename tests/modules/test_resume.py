@@ -1,27 +1,14 @@
-"""Runs of the command line that are killed (SIGKILL) and resumed: bit for bit the run that was never stopped.
-
-Every run has a forked process of its own, so that it can be killed in earnest without paying for its start.
-"""
+"""Runs of the command line that are killed (SIGKILL) and resumed: bit for bit the run that was never stopped."""
 
 import json
-import multiprocessing
-import os
 import shutil
 import signal
-import sys
-import warnings
 
 import pytest
 import torch
 import yaml
-from tiny import CONFIGS
-
-from cvae_lightning import cli
-from cvae_lightning.backbones.artifact import Baseline, save_artifact
-from cvae_lightning.backbones.causal_lm import build_causal_lm
-from cvae_lightning.backbones.tokenizer import build_tokenizer
-from cvae_lightning.data.tasks import MultidigitAddition
-from cvae_lightning.template import PromptTemplate
+from forked_commands import end_state, exit_code, same, start
+from tiny import ADDITION_LM, addition_artifact
 
 OBSERVER = '''\
 """A user's own callbacks: one dies where it is told to, one keeps the metrics of every validation."""
@@ -87,7 +74,7 @@ DATA = {
         "eval_batch_size": 4,
     },
 }
-LM = CONFIGS["llama"] | {"max_position_embeddings": 256, "attention_dropout": 0.2}
+LM = ADDITION_LM | {"attention_dropout": 0.2}
 
 
 def losses():
@@ -142,10 +129,7 @@ def folder(tmp_path_factory):
     """The user's folder: an artifact, an own callback, and a config per model."""
     here = tmp_path_factory.mktemp("resume")
     (here / "observer.py").write_text(OBSERVER)
-    template = PromptTemplate(build_tokenizer([MultidigitAddition().alphabet], "char"))
-    torch.manual_seed(0)
-    lm = build_causal_lm(LM, len(template), template.pad_id)
-    save_artifact(here / "artifact", lm, template.tokenizer, Baseline(1.5, 10, "-", template.fingerprint()))
+    addition_artifact(here / "artifact", LM)
     for name, model in MODELS.items():
         config = {
             "seed_everything": 1,
@@ -160,25 +144,7 @@ def folder(tmp_path_factory):
 
 def run(here, name, folder, *words, die=""):
     """Fit in a process of its own, in ``folder`` below ``here``, and return its exit code (negative: the signal)."""
-    (here / folder).mkdir(exist_ok=True)
-    words = ["fit", "--config", f"../{name}.yaml", *words]
-    child = multiprocessing.get_context("fork").Process(target=_child, args=(here, folder, words, die))
-    child.start()
-    child.join(60)
-    if child.is_alive():
-        child.kill()
-    return child.exitcode
-
-
-def _child(here, folder, words, die):
-    os.chdir(here / folder)
-    os.environ["DIE"] = die
-    sys.path.append(str(here))
-    warnings.resetwarnings()
-    log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os._exit(cli.main(words))
+    return exit_code(start(here / folder, ["fit", "--config", f"../{name}.yaml", *words], DIE=die), 60)
 
 
 def finish(here, name, folder, checkpoint=None):
@@ -189,8 +155,7 @@ def finish(here, name, folder, checkpoint=None):
 
 def end_of(folder):
     """Return everything that the last checkpoint says about weights, optimizer and schedule."""
-    saved = torch.load(folder / "every_step/last.ckpt", weights_only=True)
-    return {key: saved[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step")}
+    return end_state(folder / "every_step/last.ckpt")
 
 
 def validations(folder):
@@ -200,17 +165,6 @@ def validations(folder):
         step, metrics = json.loads(line)
         assert same(seen.setdefault(step, metrics), metrics), step
     return seen
-
-
-def same(a, b):
-    """Return whether two nested structures are equal bit for bit (nan is nan)."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    return a == b or (a != a and b != b)
 
 
 @pytest.fixture(scope="module", params=MODELS)
