@@ -37,8 +37,8 @@ class LatentSeeding(HasSpec):
     2. What it does meanwhile, its hidden states and where it looks, less the mean over the solutions *of the same x*,
        keeps what differs between solutions of one input and loses the input itself. A strategy shifts it in the same
        direction for every x.
-    3. k-means with K clusters divides them, in the view that tells most about y given x; the posterior network learns
-       (x, y) -> cluster in ``posterior_steps``.
+    3. They are divided into K clusters, by k-means refined by linear discriminants: those that tell most, and most
+       simply, about y given x. The posterior network learns (x, y) -> cluster in ``posterior_steps``.
     4. In the first ``hold_steps`` training steps the objective is weighed by that posterior, fading into the module's
        own over the second half of them; from then on the seeds play no part.
 
@@ -50,7 +50,7 @@ class LatentSeeding(HasSpec):
         num_solutions: solutions drawn for each of them, at least 2; a few times K.
         posterior_steps: optimizer steps of 64 solutions for the posterior network.
         hold_steps: training steps over which the seeds fade.
-        seed: of sampling and clustering.
+        seed: of sampling and clustering; null = the run's own (``seed_everything``).
 
     Raises:
         ValueError: if a number is out of range.
@@ -62,7 +62,7 @@ class LatentSeeding(HasSpec):
         num_solutions: int = 16,
         posterior_steps: int = 100,
         hold_steps: int = 150,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         for name, value, least in (
             ("num_inputs", num_inputs, 1),
@@ -81,6 +81,11 @@ class LatentSeeding(HasSpec):
         """What was clustered, its first two principal components, [N, 2]; for pictures."""
         self.clusters: Tensor | None = None
         """Their clusters, [N]."""
+
+    @property
+    def run_seed(self) -> int:
+        """The seed, the run's own where none is given."""
+        return torch.initial_seed() % 2**32 if self.seed is None else self.seed
 
     def share(self, step: int) -> float:
         """Return the share of the seeded posterior in the one that weighs the objective: 1, then falling to 0."""
@@ -103,7 +108,7 @@ class LatentSeeding(HasSpec):
         if module.trainer.is_global_zero:
             devices = [module.device] if module.device.type == "cuda" else []
             with torch.random.fork_rng(devices):
-                torch.manual_seed(self.seed)
+                torch.manual_seed(self.run_seed)
                 found = self.seed_posterior(module)
         network = module.posterior_network
         state = {name: value.cpu() for name, value in network.state_dict().items()}
@@ -127,7 +132,7 @@ class LatentSeeding(HasSpec):
         if len({(solution.x, solution.y) for solution in solutions}) > len(xs):
             features = solution_features(module.reference(), unlimited(module.template), solutions, BATCH // 2)
             centred = {name: self.centre(view) for name, view in features.items()}
-            found = cluster(combine(centred), module.num_latents, self.num_solutions, self.seed)
+            found = cluster(combine(centred), module.num_latents, self.num_solutions, self.run_seed)
         if found is None:
             rank_zero_warn(
                 "seeding found fewer than K different solutions: the entangled model solves every input in one way, "
@@ -138,7 +143,7 @@ class LatentSeeding(HasSpec):
         sizes = torch.bincount(self.clusters, minlength=module.num_latents).tolist()
         rank_zero_info(
             f"seeding: {len(solutions)} solutions in clusters of {', '.join(map(str, sizes))} by {found.view}; "
-            f"I(z; y|x) = {found.information:.3f} nats"
+            f"they tell {found.information:.3f} nats about y given x"
         )
         self.teach(module, solutions, self.clusters)
         return True
@@ -159,7 +164,7 @@ class LatentSeeding(HasSpec):
         """Return ``num_solutions`` solutions of each x in a row, drawn from the entangled model."""
         template, reference = module.template, module.reference()
         longest = max(len(y) for _, y in template.segments(given))
-        generator = torch.Generator(module.device).manual_seed(self.seed)
+        generator = torch.Generator(module.device).manual_seed(self.run_seed)
         markers = template.marker_ids
         rows = reference.get_output_embeddings().weight.shape[0]  # a padded table has some for the latents too
         latents = [i for i in template.all_latent_ids if i < rows]
@@ -190,7 +195,7 @@ class LatentSeeding(HasSpec):
         """Fit the posterior network to the clusters by cross-entropy."""
         parameters = [p for p in module.posterior_network.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=module.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
-        source = torch.Generator().manual_seed(self.seed)
+        source = torch.Generator().manual_seed(self.run_seed)
         template = unlimited(module.template)
         for _ in progress(range(self.posterior_steps), 1, "seeding: posterior"):
             rows = torch.randint(len(solutions), (64,), generator=source).tolist()
