@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from cvae_lightning.backbones.causal_lm import evaluating
 from cvae_lightning.backbones.generation import generate_ids
 from cvae_lightning.backbones.solution_features import solution_features
-from cvae_lightning.modules.solution_clusters import cluster, combine
+from cvae_lightning.modules.solution_clusters import cluster, combine, environments_of
 from cvae_lightning.outputs import Record
 from cvae_lightning.spec import HasSpec
 from cvae_lightning.template import PromptTemplate
@@ -132,7 +132,9 @@ class LatentSeeding(HasSpec):
         if len({(solution.x, solution.y) for solution in solutions}) > len(xs):
             features = solution_features(module.reference(), unlimited(module.template), solutions, BATCH // 2)
             centred = {name: self.centre(view) for name, view in features.items()}
-            found = cluster(combine(centred), module.num_latents, self.num_solutions, self.run_seed)
+            tokens = [ids[mask].tolist() for ids, mask in zip(*module.template.prefixes(xs), strict=True)]
+            places = environments_of(self.of_inputs(features), tokens, self.run_seed)
+            found = cluster(combine(centred), module.num_latents, self.num_solutions, self.run_seed, places)
         if found is None:
             rank_zero_warn(
                 "seeding found fewer than K different solutions: the entangled model solves every input in one way, "
@@ -159,6 +161,13 @@ class LatentSeeding(HasSpec):
         size, scale = (t.square().sum(-1).mean(0).sqrt() for t in (features, centred))  # [layers]
         scaled = centred / scale.clamp_min(1e-12)[:, None]
         return scaled.where((scale > 1e-5 * size)[:, None], 0.0).flatten(1)
+
+    def of_inputs(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Return what :meth:`centre` takes off: features of the inputs [N, F], every layer of one mean square."""
+        means = [view.unflatten(0, (-1, self.num_solutions)).mean(1) for view in features.values()]
+        varying = [mean - mean.mean(0) for mean in means]
+        scales = [v.square().sum(-1).mean(0).sqrt().clamp_min(1e-9)[:, None] for v in varying]
+        return torch.cat([(v / scale).flatten(1) for v, scale in zip(varying, scales, strict=True)], -1)
 
     def solve(self, module: SharedDiscreteCVAE, xs: Sequence[str], given: Sequence[Record]) -> list[Record]:
         """Return ``num_solutions`` solutions of each x in a row, drawn from the entangled model."""

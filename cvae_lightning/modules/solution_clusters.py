@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +19,17 @@ Labels = NDArray[np.int64]
 
 COMPONENTS = 16
 """Principal components of a view that are kept, in units of K."""
-STARTS = 4
+STARTS = 8
 """Seeds of k-means for each number of components and degree of whitening."""
 REFINED = 128
 """Divisions by k-means that are gone on with: those of the most information about the solution of an input."""
 ROUNDS = 4
+SHORTLIST = 16
+"""Divisions that are judged in every environment: the best ones in the first."""
+GROUPS = 8
+"""Groups of inputs that are like each other, by what the model makes of them."""
+PLACES = 8
+"""Tokens from either end of x by which inputs are grouped."""
 ALIKE = 0.1
 """Nats that one division may leave open of another that it repeats."""
 
@@ -52,21 +58,25 @@ def combine(views: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return joint if len(joint) == 1 else joint | {" and ".join(joint): torch.cat(list(joint.values()), -1)}
 
 
-def cluster(views: Mapping[str, Tensor], count: int, group: int, seed: int) -> Clusters | None:
+def cluster(
+    views: Mapping[str, Tensor], count: int, group: int, seed: int, environments: Sequence[Labels] = ()
+) -> Clusters | None:
     """Return the division of centred points that tells most, and most simply, about the solution of an input.
 
     k-means starts from several views, numbers of principal components, degrees of whitening and seeds; what it finds is
     refined by :func:`refine` in all views together. Wins what has the most I(z; y|x) = H(z|x), the mean entropy of the
     labels of one input, less their code length, given the points. The entropy is small for a division by what is in x,
     or by what only some inputs have. But noise divides every input evenly, and so does a division that swaps two ways
-    of solving for half of the inputs: their labels take more to read off the points (see :func:`code_length`), which
-    a way of solving does in every view: its code lengths count by their geometric mean.
+    of solving for some of the inputs. A way of solving shows in every view, as noise does not: the code lengths in the
+    views count by their geometric mean. And it is the same one for unlike inputs: it is the code length of the worst
+    environment that counts, where each group of inputs is judged by all others (see :func:`code_length`).
 
     Args:
         views: [N * M, F] each, M solutions of an input in a row; the last one is all of them together.
         count: K clusters.
         group: M.
         seed: of k-means.
+        environments: groups of the inputs, [N] each; none = every eighth input.
 
     Returns:
         None where fewer than K points differ.
@@ -80,24 +90,56 @@ def cluster(views: Mapping[str, Tensor], count: int, group: int, seed: int) -> C
         for labels in k_means(points, count, group, seed, name)
     ]
     divisions.sort(key=lambda division: -division[0])
-    best: Clusters | None = None
-    joint = components[list(components)[-1]]
+    size = len(next(iter(components.values()))) // group
+    folds = [
+        [Folds(points, np.repeat(groups, group)) for points in components.values()]
+        for groups in environments or [np.arange(size) % GROUPS]
+    ]
     tried: list[Labels] = []
-    refined: list[Labels] = []
+    found: list[tuple[float, str, Labels]] = []
     for _, view, start in tqdm(divisions[:REFINED], desc="seeding: clusters, refined", leave=False, disable=None):
         if repeats(start, tried):
             continue
         tried.append(start)
-        labels = refine(joint, start, count, group)
-        if repeats(labels, refined):
-            continue
-        refined.append(labels)
-        lengths = [code_length(points, labels, count, group) for points in components.values()]
-        value = information(labels, group) - float(np.exp(np.mean(np.log(lengths))))
+        labels = refine(folds[0][-1], start, count)
+        if not repeats(labels, [other for _, _, other in found]):
+            found.append((information(labels, group) - in_all_views(folds[0], labels, count), view, labels))
+    found.sort(key=lambda division: -division[0])
+    best: Clusters | None = None
+    for _, view, labels in found[:SHORTLIST]:
+        value = information(labels, group) - max(in_all_views(fold, labels, count) for fold in folds)
         if best is None or value > best.information:
             drawn = torch.from_numpy(components[view][:, :2]).float()
             best = Clusters(torch.from_numpy(labels), drawn, value, view)
     return best
+
+
+def environments_of(inputs: Tensor, tokens: Sequence[Sequence[int]], seed: int) -> list[Labels]:
+    """Return groups [N] of the inputs: by their features, and by each of the first and last tokens of x.
+
+    A token that fewer than one in 20 inputs have there is put to the others of that kind.
+
+    Args:
+        inputs: features of the inputs, [N, F].
+        tokens: their tokens.
+        seed: of k-means.
+    """
+    from sklearn.cluster import KMeans
+
+    size = len(tokens)
+    if size < 2 * GROUPS:
+        return [np.arange(size) % GROUPS]
+    left, scale, _ = torch.pca_lowrank(inputs, min(16, *inputs.shape), niter=4)
+    points = (left * scale).cpu().double().numpy()
+    found = [KMeans(GROUPS, n_init=3, random_state=seed % 2**32).fit(points).labels_.astype(np.int64)]
+    for place in (*range(PLACES), *range(-PLACES, 0)):
+        there = [ids[place] if -len(ids) <= place < len(ids) else -1 for ids in tokens]
+        shares = Counter(there)
+        often = {token: i for i, token in enumerate(shares) if shares[token] >= 0.05 * size}
+        groups = np.array([often.get(token, -1) for token in there])
+        if len(np.unique(groups)) > 1 and max(shares.values()) <= 0.9 * size:
+            found.append(groups)
+    return [groups for i, groups in enumerate(found) if not any(np.array_equal(groups, other) for other in found[:i])]
 
 
 def principal(view: Tensor, count: int) -> Floats | None:
@@ -146,56 +188,83 @@ def merge(labels: Labels, count: int, group: int) -> Labels:
     return owner[labels]
 
 
-def refine(points: Floats, labels: Labels, count: int, group: int) -> Labels:
-    """Return ``labels`` as the linear discriminants of the other half of the inputs would have them, a few times over.
+class Folds:
+    """Folds of points [N, F], of which each is judged by a linear discriminant of all the others.
+
+    What does not depend on the labels is computed once.
+
+    Args:
+        points: [N, F].
+        fold: the fold of each, [N].
+    """
+
+    def __init__(self, points: Floats, fold: Labels) -> None:
+        self.points = points
+        self.parts = [np.flatnonzero(fold == number) for number in np.unique(fold)]
+        self.scatters = [points[part].T @ points[part] for part in self.parts]  # [F, F]
+        self.scatter = sum(self.scatters)
+
+    def log_probs(self, labels: Labels, count: int, size: int | None = None) -> Floats | None:
+        """Return log p(label|point) of every point [N, K], from its first ``size`` features and the other folds.
+
+        None where a label is missing in the other folds. Normal densities of one covariance, 5 % of which is taken off
+        its diagonal's neighbours.
+        """
+        points = self.points[:, :size]
+        onehot = np.eye(count)[labels]
+        found = np.empty((len(points), count))
+        sums, counts = onehot.T @ points, onehot.sum(0)
+        for part, scatter in zip(self.parts, self.scatters, strict=True):
+            number = counts - onehot[part].sum(0)
+            if not number.all():
+                return None
+            means = (sums - onehot[part].T @ points[part]) / number[:, None]
+            within = (self.scatter - scatter)[:size, :size] - (means.T * number) @ means
+            covariance = 0.95 * within + 0.05 * np.diag(np.diag(within))
+            covariance[np.diag_indices_from(covariance)] += 1e-9 * np.trace(within) + 1e-12
+            weights = np.linalg.solve(covariance / number.sum(), means.T)  # [F, K]
+            bias = np.log(number / number.sum()) - 0.5 * (means.T * weights).sum(0)
+            logits = points[part] @ weights + bias
+            shifted = logits - logits.max(-1, keepdims=True)
+            found[part] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+        return found
+
+
+def refine(folds: Folds, labels: Labels, count: int) -> Labels:
+    """Return ``labels`` as linear discriminants of the other folds of inputs would have them, a few times over.
 
     A discriminant sees directions that k-means, for which all weigh the same, cannot; and what was true of some inputs
-    only does not come back from the other half. Source: after Ding & Li 2007, doi 10.1145/1273496.1273562.
+    only does not come back from the others. Source: after Ding & Li 2007, doi 10.1145/1273496.1273562.
     """
     for _ in range(ROUNDS):
-        if any(len(np.unique(labels[half])) < count for half in halves(len(points), group)):
-            break
-        fitted = labels.copy()
-        for half in halves(len(points), group):
-            fitted[half] = discriminant(points[~half], labels[~half]).predict(points[half])
-        if len(np.unique(fitted)) < count:
+        log_probs = folds.log_probs(labels, count)
+        if log_probs is None or len(np.unique(fitted := log_probs.argmax(-1))) < count:
             break
         labels = fitted
     return labels
 
 
-def code_length(points: Floats, labels: Labels, count: int, group: int) -> float:
-    """Return the nats that a label takes, given its point, from a linear discriminant of the other half of the inputs.
+def code_length(folds: Folds, labels: Labels, count: int) -> float:
+    """Return the nats that a label takes, given its point, from a linear discriminant of the other folds of inputs.
 
-    The mean over 1.5, 3 and 6 K principal components: what shows in few of them is simpler.
-    Source: after Voita & Titov 2020, arXiv 2003.12298 (description length as the measure of a probe).
+    The mean over 1.5, 3 and 6 K principal components: what shows in few of them is simpler. Folds of inputs that are
+    like each other ask whether what is true of some inputs holds for unlike ones, as a way of solving does.
+    Source: after Voita & Titov 2020, arXiv 2003.12298 (description length as the measure of a probe), and Peters et al.
+    2016, arXiv 1501.01332 (invariance across environments).
     """
-    if any(len(np.unique(labels[half])) < 2 for half in halves(len(points), group)):
-        return float(np.log(count))
     lengths = []
-    for half in halves(len(points), group):
-        for size in (3 * count // 2, 3 * count, 6 * count):
-            model = discriminant(points[half, :size], labels[half])
-            probs = np.zeros((int((~half).sum()), count))
-            probs[:, model.classes_] = model.predict_proba(points[~half, :size])
-            right = probs[np.arange(len(probs)), labels[~half]]
-            lengths.append(-np.log(0.999 * right + 0.001 / count).mean())
+    for size in (3 * count // 2, 3 * count, 6 * count):
+        log_probs = folds.log_probs(labels, count, size)
+        if log_probs is None:
+            return float(np.log(count))
+        right = np.exp(log_probs[np.arange(len(labels)), labels])
+        lengths.append(-np.log(0.999 * right + 0.001 / count).mean())
     return float(np.mean(lengths))
 
 
-def discriminant(points: Floats, labels: Labels) -> Any:
-    """Return a linear discriminant of ``labels``, fitted."""
-    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Only one sample")  # of a label; it adds nothing to the covariance
-        return LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.05).fit(points, labels)
-
-
-def halves(size: int, group: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return masks [N] of the solutions of every other input, and of the rest."""
-    even = np.arange(size) // group % 2 == 0
-    return even, ~even
+def in_all_views(folds: Sequence[Folds], labels: Labels, count: int) -> float:
+    """Return the geometric mean of the code lengths in several views."""
+    return float(np.exp(np.mean([np.log(code_length(fold, labels, count)) for fold in folds])))
 
 
 def shares_of(labels: Labels, group: int) -> Floats:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from scipy.stats import multivariate_normal
 from sklearn.metrics import adjusted_mutual_info_score
 from tiny import QUIET, RECORDS, TinyData, all_losses, tiny_artifact, tiny_lm, tiny_tokenizer
 from user_folder import enter_user_folder, failure
@@ -22,7 +23,16 @@ from cvae_lightning.functional import exact_posterior
 from cvae_lightning.losses import FreeEnergyLoss, PosteriorDistillationLoss
 from cvae_lightning.modules import seeding as module_of_seeding
 from cvae_lightning.modules import solution_clusters
-from cvae_lightning.modules.solution_clusters import cluster, code_length, combine, information, merge, refine
+from cvae_lightning.modules.solution_clusters import (
+    Folds,
+    cluster,
+    code_length,
+    combine,
+    environments_of,
+    information,
+    merge,
+    refine,
+)
 from cvae_lightning.outputs import Record
 from cvae_lightning.template import PromptTemplate
 
@@ -152,31 +162,75 @@ def test_information_is_the_mean_entropy_of_the_labels_of_an_input():
     assert information(np.arange(24).repeat(9) % K, 9) == pytest.approx(0)
 
 
-def test_noise_divides_evenly_and_says_nothing():
+def test_noise_divides_evenly_but_not_in_every_view_alike():
     torch.manual_seed(3)
-    noise = torch.randn(24 * 9, 8)
+    views = {"attention": torch.randn(24 * 9, 8), "hidden": torch.randn(24 * 9, 8)}
     features, _ = planted()
-    planted_points = small(num_solutions=9).centre(features)
-    told = [cluster({"hidden": points}, K, 9, seed=0).information for points in (noise, planted_points)]
+    points = small(num_solutions=9).centre(features)
+    ways = {"attention": points, "hidden": points.flip(-1)}
+    told = [cluster(combine(found), K, 9, seed=0).information for found in (views, ways)]
     assert told[0] < 0.7 * told[1]
-    assert cluster({"hidden": noise[:9]}, K, 9, seed=0).labels.shape == (9,)  # one input has no halves
+    assert cluster({"hidden": views["hidden"][:9]}, K, 9, seed=0).labels.shape == (9,)  # one input has no halves
 
 
-def test_labels_that_swap_with_the_input_take_more_to_read_off():
-    """They divide every input as evenly, and can be told from the points; but not by so few directions."""
-    torch.manual_seed(0)
+def swapping():
+    """Points of three clusters and what is written, which depends on the input too; labels, and labels that swap."""
     features, truth = planted(inputs=64)
-    kind = (torch.arange(64) // 2 % 2).repeat_interleave(9)  # of the input
-    of_input = torch.nn.functional.one_hot(truth + K * kind, 2 * K).float()  # e.g. the tokens that are written
-    points = torch.cat(
-        [small(num_solutions=9).centre(features), 0.5 * of_input + 0.3 * torch.randn(of_input.shape)], -1
-    )
-    points = (points.unflatten(0, (64, 9)) - points.unflatten(0, (64, 9)).mean(1, keepdim=True)).flatten(0, 1)
+    kind = (torch.arange(64) % 4 == 3).long()  # of the input
+    swapped = torch.where((kind.repeat_interleave(9) == 1) & (truth < 2), 1 - truth, truth)
+    written = torch.nn.functional.one_hot(swapped, K).float() + 0.1 * torch.randn(len(truth), K)
+    points = torch.cat([small(num_solutions=9).centre(features), 3 * (written - written.mean(0))], -1)
     axes = torch.linalg.svd(points, full_matrices=False)[2].T
-    swapped = torch.where((kind == 1) & (truth < 2), 1 - truth, truth)
-    right, wrong = (code_length((points @ axes).double().numpy(), t.numpy(), K, 9) for t in (truth, swapped))
-    assert information(swapped.numpy(), 9) == pytest.approx(information(truth.numpy(), 9))
-    assert wrong > right + 0.1
+    return (points @ axes).double().numpy(), kind.numpy(), truth.numpy(), swapped.numpy()
+
+
+def test_labels_that_swap_with_the_input_do_not_hold_for_unlike_inputs():
+    """They divide every input as evenly and can be read off the points, if inputs of their kind are known."""
+    points, kind, truth, swapped = swapping()
+    assert information(swapped, 9) == pytest.approx(information(truth, 9))
+    known, unlike = (Folds(points, np.repeat(groups, 9)) for groups in (np.arange(64) % 2, kind))
+    assert code_length(known, swapped, K) < 0.1
+    assert code_length(unlike, swapped, K) < code_length(unlike, truth, K) + 1e-3  # the direction is the same one
+    points[np.repeat(kind, 9) == 1] *= -1  # and here it is not
+    turned = Folds(points, np.repeat(kind, 9))
+    assert code_length(turned, swapped, K) > 1
+
+
+def test_a_fold_is_judged_by_the_others_alone():
+    """Against a discriminant fitted by hand; its own labels change nothing."""
+    features, truth = planted()
+    points = small(num_solutions=9).centre(features).double().numpy()
+    fold, labels = np.repeat(np.arange(24) % 3, 9), truth.numpy()
+    out = fold == 1
+    found = Folds(points, fold).log_probs(labels, K)
+    x, z = points[~out], labels[~out]
+    means = np.stack([x[z == k].mean(0) for k in range(K)])
+    scatter = (x - means[z]).T @ (x - means[z])
+    covariance = (0.95 * scatter + 0.05 * np.diag(np.diag(scatter)) + 1e-9 * np.trace(scatter) * np.eye(8)) / len(x)
+    shares = np.bincount(z) / len(z)
+    logits = np.stack(
+        [multivariate_normal.logpdf(points[out], means[k], covariance) + np.log(shares[k]) for k in range(K)], -1
+    )
+    logits -= np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) + logits.max(
+        -1, keepdims=True
+    )
+    np.testing.assert_allclose(found[out], logits, rtol=1e-4, atol=1e-6)
+    changed = np.where(out, (labels + 1) % K, labels)
+    np.testing.assert_allclose(Folds(points, fold).log_probs(changed, K)[out], found[out], rtol=1e-6)
+    assert np.allclose(np.exp(found).sum(-1), 1)
+    assert Folds(points, fold).log_probs(np.where(out, 1, 0), K) is None  # the others know one label only
+
+
+def test_inputs_are_grouped_by_their_features_and_by_the_tokens_at_their_ends():
+    kinds = np.arange(40) % 4
+    inputs = 10 * torch.eye(4)[torch.from_numpy(kinds)] + 0.1 * torch.randn(40, 4)
+    tokens = [[7, int(i % 2), *([5] * int(i % 3)), 9 + int(i == 0)] for i in range(40)]
+    found = environments_of(inputs, tokens, seed=0)
+    assert any(adjusted_mutual_info_score(groups, np.arange(40) % 2) == pytest.approx(1) for groups in found[1:])
+    assert max(groups.max() for groups in found) < 20
+    assert all(len(np.unique(groups)) > 1 for groups in found)  # the first token and the rare last one group nothing
+    assert adjusted_mutual_info_score(found[0], kinds) > 0.6
+    assert [groups.tolist() for groups in environments_of(inputs[:3], tokens[:3], 0)] == [[0, 1, 2]]
 
 
 def test_merging_joins_what_never_meets_in_an_input():
@@ -190,13 +244,13 @@ def test_merging_joins_what_never_meets_in_an_input():
 
 def test_refining_mends_single_labels_and_leaves_too_few_alone():
     features, truth = planted()
-    points = small(num_solutions=9).centre(features).double().numpy()
+    folds = Folds(small(num_solutions=9).centre(features).double().numpy(), np.repeat(np.arange(24) % 2, 9))
     noisy = truth.clone()
     noisy[::11] = (noisy[::11] + 1) % K
-    assert np.array_equal(refine(points, noisy.numpy(), K, 9), truth.numpy())
+    assert np.array_equal(refine(folds, noisy.numpy(), K), truth.numpy())
     few = np.where(np.arange(len(truth)) == 0, 1, 0)
-    assert np.array_equal(refine(points, few, K, 9), few)
-    assert code_length(points, np.zeros(len(truth), dtype=int), K, 9) == pytest.approx(math.log(K))
+    assert np.array_equal(refine(folds, few, K), few)
+    assert code_length(folds, np.zeros(len(truth), dtype=int), K) == pytest.approx(math.log(K))
 
 
 def test_clusters_are_those_of_the_seed():
