@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from cvae_lightning.benchmark import records
+from cvae_lightning.benchmark.known import take_over
 from cvae_lightning.benchmark.plan import Cell, plan, select
 from cvae_lightning.benchmark.progress import clock
 from cvae_lightning.benchmark.settings import find_benchmark, load_settings, positive
@@ -27,6 +28,8 @@ def benchmark(args: Sequence[str]) -> int:
     jobs = settings.jobs if given.jobs is None else positive(given.jobs, "--jobs")
     cells = plan(settings, given.smoke)
     chosen = select(cells, given.only)
+    if given.known:
+        print(*take_over(cells, given.known), sep="\n")
     if given.list:
         _list(chosen)
         return 0
@@ -39,10 +42,11 @@ def benchmark(args: Sequence[str]) -> int:
             records.check_folder(cell)
         _refuse_changed(chosen, given.rerun_changed)
         if given.retest:
-            records.forget_tests(chosen)
+            _say("not tested again, their trained models are not here", records.forget_tests(chosen))
+        wanted = _without_idle_models(chosen, given.only)
         from cvae_lightning.benchmark.runner import Runner
 
-        code = Runner(chosen, jobs, settings.threads, partial(write_tables, settings, cells, shown)).run()
+        code = Runner(wanted, jobs, settings.threads, partial(write_tables, settings, cells, shown)).run()
     table = write_tables(settings, cells, shown)
     pictures = write_figures(cells) if code < 128 else []
     print(f"\ntable    {table}", f"results  {table.with_name('results.jsonl')}", sep="\n")
@@ -70,6 +74,15 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
         metavar="PATTERN",
         help="run only cells whose name (task/recipe/seed1), task, recipe or seed fits a pattern, and the entangled "
         "models that they need; the tables show what else is there",
+    )
+    parser.add_argument(
+        "--known",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="results of other sittings or machines (files like results.jsonl, whole or with some of their lines): "
+        "cells with the same configuration and seed count as finished, and their results are copied into the results "
+        "folder; the code that measured them may be another, the table names its versions and commit",
     )
     parser.add_argument("--report", action="store_true", help="run nothing, write tables and figures anew")
     parser.add_argument("--smoke", action="store_true", help="the same path in a few tiny steps, in DIR-smoke")
@@ -102,6 +115,21 @@ def _list(cells: Sequence[Cell]) -> None:
         elif state == "changed":
             note = "; ".join(records.what_changed(cell))
         print(f"{cell.name:{width}}  {state:7}  {note}".rstrip())
+
+
+def _without_idle_models(cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
+    """Leave out unfinished entangled models that nobody asked for and that no unfinished cell starts from."""
+    models = records.needed_models(cells)
+    records.forget_absent(models)
+    entangled = [cell for cell in cells if cell.seed is None and cell not in models and not records.is_done(cell)]
+    idle = [cell for cell in entangled if not any(cell.matches(pattern) for pattern in patterns)]
+    _say("not trained, as all that starts from them is finished (--only runs them)", idle)
+    return [cell for cell in cells if cell not in idle]
+
+
+def _say(what: str, cells: Sequence[Cell]) -> None:
+    if cells:
+        print(f"{what}: {', '.join(cell.name for cell in cells)}")
 
 
 def _refuse_changed(cells: Sequence[Cell], rerun: bool) -> None:

@@ -150,13 +150,18 @@ def _fill(names: Sequence[str], task: str) -> list[dict[str, Any]]:
     return [read_config(Path(name) if Path(name).is_file() else find_recipe(name)) for name in paths]
 
 
+def holds_model(folder: Path) -> bool:
+    """Return whether a folder holds a whole entangled model: its baseline is the last file that is written."""
+    return (folder / "baseline.json").is_file()
+
+
 def _entangled(
     source: Source, task: str, name: str, root: Path, test_options: Mapping[str, Any], smoke: bool
 ) -> Cell | Path:
     """Return the entangled model that this source describes: a cell, or a folder that holds one."""
     if source.folder is not None:
         folder = Path(source.folder.replace("{task}", task))
-        if not (folder / "baseline.json").is_file():
+        if not holds_model(folder):
             raise ValueError(f"entangled.folder: {folder} holds no entangled model (no baseline.json)")
         return folder
     config = compose(_fill(source.configs, task), source.options)
@@ -184,16 +189,21 @@ def _cell(
     if isinstance(model, Cell):
         folder, start = model.model_folder, model.fit_hash
     elif model is not None:
-        folder, start = model, _digest((model / "baseline.json").read_text(encoding="utf-8"))
+        folder, start = model, digest((model / "baseline.json").read_text(encoding="utf-8"))
     else:
         folder, start = root / task / recipe / "model", ""
-    fit_hash = _digest([config, seed, start])
+    fit_hash = digest([config, seed, start])
     entangled = model if isinstance(model, Cell) else None
-    whole = _digest([fit_hash, test_config])
+    whole = digest([fit_hash, test_config])
     return Cell(task, recipe, seed, group, root, config, test_config, entangled, folder, fit_hash, whole)
 
 
-def _digest(content: Any) -> str:
+def digest(content: Any) -> str:
+    """Return a short hash of what JSON can hold.
+
+    Raises:
+        ValueError: if a mapping has both texts and numbers as keys.
+    """
     try:
         text = json.dumps(content, sort_keys=True, default=str)
     except TypeError as error:

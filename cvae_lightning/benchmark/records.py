@@ -12,7 +12,7 @@ from typing import Any, Literal
 from cvae_lightning.atomic_write import write_text
 from cvae_lightning.benchmark.claims import is_claimed
 from cvae_lightning.benchmark.compose import differences
-from cvae_lightning.benchmark.plan import Cell
+from cvae_lightning.benchmark.plan import Cell, holds_model
 
 MARK = "progress.json"
 """The first file of a cell: only a folder that holds it is ever emptied."""
@@ -100,11 +100,40 @@ def what_changed(cell: Cell) -> list[str]:
     return texts or ["its entangled model"]
 
 
-def forget_tests(cells: Sequence[Cell]) -> None:
-    """Take away the results of finished cells, so that their tests, and these alone, are run again."""
-    for cell in cells:
-        if state(cell) == "done":
+def adopt(cell: Cell, result: dict[str, Any]) -> None:
+    """Make a result that was measured elsewhere the cell's own; a cell without a mark gets one that names no training.
+
+    The cell's folder then holds its result but no model: whoever needs the model trains it anew.
+    """
+    if Progress.read(cell) is None:
+        Progress("").write(cell)
+    write_result(cell, result)
+
+
+def forget_tests(cells: Sequence[Cell]) -> list[Cell]:
+    """Take away the results of finished cells, so that their tests, and these alone, are run again.
+
+    Returns:
+        Finished cells that keep their results, because their trained models are not here.
+    """
+    done = [cell for cell in cells if is_done(cell)]
+    for cell in done:
+        if cell.checkpoint.exists():
             (cell.folder / "result.json").unlink(missing_ok=True)
+    return [cell for cell in done if not cell.checkpoint.exists()]
+
+
+def needed_models(cells: Sequence[Cell]) -> list[Cell]:
+    """Return the entangled models that unfinished cells start from."""
+    return list(dict.fromkeys(cell.entangled for cell in cells if cell.entangled is not None and not is_done(cell)))
+
+
+def forget_absent(models: Sequence[Cell]) -> None:
+    """Let finished models be trained anew that are not here: measured elsewhere, or removed since."""
+    for model in models:
+        if is_done(model) and not holds_model(model.model_folder):
+            Progress("").write(model)
+            (model.folder / "result.json").unlink(missing_ok=True)
 
 
 def clear(cell: Cell) -> None:

@@ -28,6 +28,8 @@ COMMAND = (sys.executable, "-m", "cvae_lightning.cli")
 POLL = 0.25
 SCAN = 2.0
 """Seconds between two looks at what other runners have done."""
+WATCH = 10.0
+"""Seconds between two looks of ``watch`` at a cell."""
 
 
 @dataclass
@@ -40,6 +42,7 @@ class Running:
     child: Child = field(init=False)
     stage: str = ""
     beaten: float = field(default_factory=time.monotonic)
+    watched: float = field(default_factory=time.monotonic)
     before: float = 0.0
 
     @property
@@ -81,6 +84,7 @@ class Runner:
         threads: threads of each.
         finished: called after every cell that was done or failed.
         display: where events go.
+        watch: looks at a cell in training from time to time; a text that it returns ends the cell, as its error.
     """
 
     def __init__(
@@ -90,11 +94,13 @@ class Runner:
         threads: int,
         finished: Callable[[], object] = lambda: None,
         display: Display | None = None,
+        watch: Callable[[Cell], str | None] | None = None,
     ) -> None:
         self.cells = list(cells)
         self.jobs, self.threads = jobs, threads
         self.finished = finished
         self.display = display or Display()
+        self.watch = watch
         self.provenance = provenance(threads)
         self.running: list[Running] = []
         self.stopped_by: signal.Signals | None = None
@@ -191,6 +197,7 @@ class Runner:
             one.clock()
             one.progress.write(one.cell)
         if code is None:
+            self._watch(one)
             return
         one.clock()
         if code == 0 and one.stage == "fit":
@@ -207,7 +214,17 @@ class Runner:
         else:
             self._finish(one, None)
 
-    def _finish(self, one: Running, error: str | None) -> None:
+    def _watch(self, one: Running) -> None:
+        if self.watch is None or one.stage != "fit" or time.monotonic() - one.watched < WATCH:
+            return
+        reason = self.watch(one.cell)
+        one.watched = time.monotonic()
+        if reason is not None:
+            one.child.kill()
+            one.clock()
+            self._finish(one, reason, "ended ")
+
+    def _finish(self, one: Running, error: str | None, word: str = "FAILED") -> None:
         cell, progress = one.cell, one.progress
         progress.write(cell)
         result: dict[str, Any] = {
@@ -234,7 +251,7 @@ class Runner:
             self.display.event(f"done    {cell.name} in {taken}")
         else:
             self.display.event(
-                f"FAILED  {cell.name} after {taken}: {error.splitlines()[-1]} (see {cell.folder}/log.txt)"
+                f"{word}  {cell.name} after {taken}: {error.splitlines()[-1]} (see {cell.folder}/log.txt)"
             )
         self.finished()
 

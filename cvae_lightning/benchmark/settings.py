@@ -88,15 +88,19 @@ class Settings:
     columns: Mapping[str, str] = field(default_factory=dict)
 
 
-def find_benchmark(name: str) -> Path:
+def find_benchmark(name: str, kind: str = "benchmark") -> Path:
     """Return the file of a benchmark: a file, or the name of a shipped one with or without ``benchmark/``.
+
+    Args:
+        name: file or name.
+        kind: folder of the shipped ones.
 
     Raises:
         FileNotFoundError: if there is none.
     """
     if Path(name).is_file():
         return Path(name)
-    for candidate in (f"benchmark/{name}", name):
+    for candidate in (f"{kind}/{name}", name):
         try:
             return find_recipe(candidate)
         except FileNotFoundError as error:
@@ -112,16 +116,21 @@ def load_settings(path: Path) -> Settings:
     """
     content = read_config(path)
     try:
-        return _settings(content)
+        return parse_settings(content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _settings(content: dict[str, Any]) -> Settings:
-    _keys(content, "", [f.name for f in fields(Settings)], required=("results", "tasks", "recipes"))
+def parse_settings(content: dict[str, Any]) -> Settings:
+    """Return the settings that the content of a config file describes.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    check_keys(content, "", [f.name for f in fields(Settings)], required=("results", "tasks", "recipes"))
     tasks = {name: _task(name, entry) for name, entry in _named(content, "tasks").items()}
     recipes = {name: _recipe(name, entry, tasks) for name, entry in _named(content, "recipes").items()}
-    columns = _mapping(content.get("columns"), "columns")
+    columns = mapping(content.get("columns"), "columns")
     for title, key in columns.items():
         if not isinstance(key, str) or not 1 <= len(key.split(" / ")) <= 2:
             raise ValueError(f"columns.{title}: expected KEY or 'KEY / KEY' of summary.json, got {key!r}")
@@ -132,7 +141,7 @@ def _settings(content: dict[str, Any]) -> Settings:
         seeds=_seeds(content.get("seeds", [1, 2, 3]), "seeds"),
         jobs=positive(content.get("jobs", 1), "jobs"),
         threads=positive(content.get("threads", 1), "threads"),
-        test_options=_mapping(content.get("test_options"), "test_options"),
+        test_options=mapping(content.get("test_options"), "test_options"),
         columns=columns,
     )
 
@@ -141,20 +150,20 @@ def _task(name: str, entry: Any) -> TaskSettings:
     key = f"tasks.{name}"
     if isinstance(entry, str):
         entry = {"entangled": entry}
-    entry = _mapping(entry, key)
-    _keys(entry, key, ("entangled", "options"), required=("entangled",))
+    entry = mapping(entry, key)
+    check_keys(entry, key, ("entangled", "options"), required=("entangled",))
     entangled = _source(entry["entangled"], f"{key}.entangled", may_be_folder=True)
     if bool(entangled.configs) == bool(entangled.folder):
         raise ValueError(f"{key}.entangled: expected either configs or a folder, got {entry['entangled']!r}")
-    return TaskSettings(entangled, _mapping(entry.get("options"), f"{key}.options"))
+    return TaskSettings(entangled, mapping(entry.get("options"), f"{key}.options"))
 
 
 def _recipe(name: str, entry: Any, tasks: Mapping[str, TaskSettings]) -> RecipeSettings:
     key = f"recipes.{name}"
     if name.startswith("entangled"):
         raise ValueError(f"{key}: names that begin with 'entangled' are those of the entangled models")
-    entry = _mapping(entry, key)
-    _keys(entry, key, ("configs", "options", "group", "tasks", "seeds", "entangled"), required=("configs",))
+    entry = mapping(entry, key)
+    check_keys(entry, key, ("configs", "options", "group", "tasks", "seeds", "entangled"), required=("configs",))
     chosen = entry.get("tasks")
     for task in _texts(chosen, f"{key}.tasks") if chosen is not None else ():
         if task not in tasks:
@@ -172,18 +181,19 @@ def _recipe(name: str, entry: Any, tasks: Mapping[str, TaskSettings]) -> RecipeS
 def _source(entry: Any, key: str, may_be_folder: bool = False) -> Source:
     if isinstance(entry, str | list):
         entry = {"configs": entry}
-    entry = _mapping(entry, key)
-    _keys(entry, key, ("configs", "options", "folder") if may_be_folder else ("configs", "options"))
+    entry = mapping(entry, key)
+    check_keys(entry, key, ("configs", "options", "folder") if may_be_folder else ("configs", "options"))
     configs = entry.get("configs", [])
     folder = entry.get("folder")
     return Source(
         configs=_texts([configs] if isinstance(configs, str) else configs, f"{key}.configs"),
-        options=_mapping(entry.get("options"), f"{key}.options"),
+        options=mapping(entry.get("options"), f"{key}.options"),
         folder=None if folder is None else _text(folder, f"{key}.folder"),
     )
 
 
-def _keys(entry: Mapping[str, Any], key: str, known: Iterable[str], required: Iterable[str] = ()) -> None:
+def check_keys(entry: Mapping[str, Any], key: str, known: Iterable[str], required: Iterable[str] = ()) -> None:
+    """Refuse keys that are unknown, missing or empty; the message holds the nearest known one."""
     known, place = list(known), f"{key}." if key else ""
     for name in entry:
         if name not in known:
@@ -196,14 +206,15 @@ def _keys(entry: Mapping[str, Any], key: str, known: Iterable[str], required: It
 
 
 def _named(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    entries = _mapping(content[key], key)
+    entries = mapping(content[key], key)
     for name in entries:
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise ValueError(f"{key}: a name becomes a folder: expected letters, digits and _ . + -, got {name!r}")
     return entries
 
 
-def _mapping(value: Any, key: str) -> dict[str, Any]:
+def mapping(value: Any, key: str) -> dict[str, Any]:
+    """Return a checked mapping; None is an empty one."""
     if value is None:
         return {}
     if not isinstance(value, dict):

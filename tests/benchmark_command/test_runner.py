@@ -2,76 +2,17 @@
 
 import collections
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-import yaml
+from benchmark_command.working_folder import CONFIG, HERE, NAMES, Folder
 
-HERE = Path(__file__).parent
-CONFIG = {
-    "results": "out",
-    "seeds": [1, 2, 3],
-    "tasks": {task: {"entangled": f"entangled_{task}"} for task in ("sorting_algorithms", "base_conversion")},
-    "recipes": {
-        "ours": {"configs": ["discrete_{task}"], "group": "ours"},
-        "plain": {"configs": ["discrete_{task}", "benchmark/plain_elbo"], "group": "theirs"},
-    },
-}
-NAMES = [
-    *(f"{task}/entangled" for task in CONFIG["tasks"]),
-    *(f"{task}/{recipe}/seed{k}" for task in CONFIG["tasks"] for recipe in CONFIG["recipes"] for k in (1, 2, 3)),
-]
-
-
-class Folder:
-    """A working folder with a benchmark, and what happened in it."""
-
-    def __init__(self, path):
-        self.path = path
-        self.write(CONFIG)
-
-    def write(self, config):
-        (self.path / "bench.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-
-    def start(self, *words):
-        command = [sys.executable, str(HERE / "drive.py"), str(HERE / "stand_in.py"), "--config", "bench.yaml", *words]
-        environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
-        return subprocess.Popen(
-            command, cwd=self.path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-
-    def run(self, *words, code=0):
-        process = self.start(*words)
-        out, _ = process.communicate(timeout=120)
-        assert process.returncode == code, out
-        return out
-
-    def calls(self):
-        """Return how often each command was called, and forget it."""
-        path = self.path / "calls.txt"
-        counts = collections.Counter(path.read_text().splitlines() if path.exists() else [])
-        path.unlink(missing_ok=True)
-        return counts
-
-    def results(self):
-        return {
-            f"{r['task']}/{r['recipe']}" + (f"/seed{r['seed']}" if r["seed"] else ""): r
-            for r in map(json.loads, (self.path / "out/results.jsonl").read_text().splitlines())
-        }
-
-    def wait_for(self, text):
-        """Wait until a call was made."""
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            if (self.path / "calls.txt").exists() and text in (self.path / "calls.txt").read_text():
-                return
-            time.sleep(0.02)
-        raise AssertionError(f"{text} did not happen in a minute")
+from cvae_lightning.benchmark import records, runner
+from cvae_lightning.benchmark.plan import plan, select
+from cvae_lightning.benchmark.settings import load_settings
 
 
 @pytest.fixture
@@ -273,6 +214,28 @@ def test_a_folder_of_something_else_is_never_touched(folder):
     assert "out/base_conversion/entangled is to be the folder of the cell base_conversion/entangled, but holds" in out
     assert not folder.calls()
     assert precious.read_text() == "mine"
+
+
+def test_what_a_watcher_says_ends_a_cell_in_training(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder.path)
+    monkeypatch.setattr(runner, "COMMAND", (sys.executable, "-S", str(HERE / "stand_in.py")))
+    monkeypatch.setattr(runner, "WATCH", 0.1)
+    (folder.path / "seconds").write_text("0.5")
+    cells = select(plan(load_settings(folder.path / "bench.yaml")), ["base_conversion/ours/seed1"])
+    seen = []
+
+    def watch(cell):
+        seen.append(cell)
+        return "it will not do" if cell.seed and len(seen) > 2 else None
+
+    assert runner.Runner(cells, 1, 1, watch=watch).run() == 1
+    assert {*seen} == {*cells}
+    assert records.read_result(cells[0])["status"] == "done"  # looked at, and let alone
+    ended = records.read_result(cells[1])
+    assert (ended["status"], ended["error"]) == ("failed", "fit: it will not do")
+    assert "ended   base_conversion/ours/seed1 after" in capsys.readouterr().out
+    assert not folder.calls()["test base_conversion/ours/seed1"]
+    assert not list(folder.path.rglob("claim.*"))
 
 
 def test_bad_options_end_in_one_message(folder):
