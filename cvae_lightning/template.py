@@ -13,6 +13,8 @@ from cvae_lightning.outputs import PairBatch, Record
 
 MARKERS = ("<x>", "</x>", "<z>", "</z>", "<y>", "</y>")
 """Special tokens that delimit the segments."""
+Text = str | Sequence[int]
+"""A text, or the token ids that stand for it."""
 
 
 def latent_token(k: int, part: int = 0) -> str:
@@ -107,15 +109,29 @@ class PromptTemplate:
         """Number of tokens of the latent section ``<z> z_k </z> <y>``."""
         return self.prefix_length + 3
 
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        if not texts:
+    def _ids(self, texts: Sequence[Text]) -> list[list[int]]:
+        if not len(texts):
             return []
+        if not isinstance(texts[0], str):
+            return [self._own_ids(ids) for ids in texts]
         for text in texts:
+            assert isinstance(text, str)
             try:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise ValueError(f"{text!r:.60} holds half of a surrogate pair, which is not a character") from error
         return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def _own_ids(self, ids: Text) -> list[int]:
+        if isinstance(ids, str):
+            raise ValueError(f"expected token ids, as before it, got the text {ids!r:.60}")
+        row = [int(i) for i in ids]
+        structure = {*self.marker_ids.values(), *self.all_latent_ids}
+        for i in row:
+            if not 0 <= i < len(self) or i in structure:
+                what = "a marker's or a latent's" if i in structure else f"outside the vocabulary of {len(self)}"
+                raise ValueError(f"token id {i} is {what}: give the ids of a text, without its markers")
+        return row
 
     def segments(self, records: Sequence[Record]) -> list[tuple[list[int], list[int]]]:
         """Return (prefix ids, supervised y ids) of each record, whatever their length."""
@@ -159,18 +175,18 @@ class PromptTemplate:
             y=tuple(r.y for r in records),
         )
 
-    def prefixes(self, xs: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def prefixes(self, xs: Sequence[Text]) -> tuple[Tensor, Tensor]:
         """Return ids and bool mask [B, P] of ``<bos> <x> x </x>``, padded on the left for generation."""
         m = self.marker_ids
         return self._pad([[*self.bos, m["<x>"], *ids, m["</x>"]] for ids in self._ids(xs)], "left")
 
     def decode(self, ids: Tensor) -> list[str]:
         """Return the text of generated y-tokens [B, T], each cut before its first ``</y>``."""
-        texts = []
-        for row in ids.tolist():
-            stop = row.index(self.end_id) if self.end_id in row else len(row)
-            texts.append(self.tokenizer.decode(row[:stop], skip_special_tokens=True))
-        return texts
+        return [self.tokenizer.decode(row, skip_special_tokens=True) for row in self.cut(ids)]
+
+    def cut(self, ids: Tensor) -> list[list[int]]:
+        """Return generated y-tokens [B, T], each cut before its first ``</y>``."""
+        return [row[: row.index(self.end_id)] if self.end_id in row else row for row in ids.tolist()]
 
     def _pad(self, rows: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
         width = max((len(row) for row in rows), default=0)

@@ -12,14 +12,15 @@ HEAVY = {"lightning", "torchmetrics", "transformers"}
 ALLOWED = {
     "outputs": set(),
     "atomic_write": set(),
+    "launch": set(),
     "spec": set(),
     "trust": {"spec"},
     "functional": set(),
     "template": {"outputs"},
-    "backbones": {"atomic_write", "template", "functional", "lightning", "transformers"},
+    "backbones": {"atomic_write", "outputs", "template", "functional", "lightning", "transformers"},
     "losses": {"outputs", "functional", "spec"},
     "metrics": {"outputs", "functional", "torchmetrics"},
-    "data": {"template", "outputs", "spec", "lightning"},
+    "data": {"atomic_write", "backbones", "template", "outputs", "spec", "lightning"},
     "callbacks": {"atomic_write", "metrics", "outputs", "trust", "lightning"},
     "modules": {"outputs", "spec", "functional", "template", "backbones", "losses", "metrics", "trust", *HEAVY},
 }

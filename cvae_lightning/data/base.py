@@ -13,11 +13,15 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Subset
 
 from cvae_lightning.data.loader import EpochSampler, ResumableLoader, world
+from cvae_lightning.data.self_generated import DrawnRecords, SelfGeneration, draw_records
+from cvae_lightning.data.solution_parts import content_hash
 from cvae_lightning.data.tasks.base import Ceiling, Task
 from cvae_lightning.outputs import Record
 from cvae_lightning.template import PromptTemplate
 
 Split = Literal["train", "val", "test"]
+STAGE_SPLITS: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test", "val")}
+"""Splits that a command reads (c_base is measured on the validation split); a prediction needs no solutions."""
 
 
 class RecordDataModule(LightningDataModule, ABC):
@@ -34,6 +38,7 @@ class RecordDataModule(LightningDataModule, ABC):
         seed: seed of the order of training records.
         length_bucketing: batches of records of similar length, which saves padding.
         pin_memory: pin batches for faster copies to a GPU.
+        self_generated: solutions that the entangled model draws, in place of given ones; None = the given ones.
 
     Raises:
         ValueError: if a size is not positive.
@@ -52,8 +57,10 @@ class RecordDataModule(LightningDataModule, ABC):
         seed: int = 0,
         length_bucketing: bool = False,
         pin_memory: bool = False,
+        self_generated: SelfGeneration | None = None,
     ) -> None:
         super().__init__()
+        self.prepare_data_per_node = False  # what is drawn lies in one folder for all nodes
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.num_workers = num_workers
@@ -63,26 +70,75 @@ class RecordDataModule(LightningDataModule, ABC):
         for name, low in (("batch_size", 1), ("eval_batch_size", 1), ("num_workers", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"data.{name} must be at least {low}, got {getattr(self, name)}")
+        self.self_generated = self_generated
         self.skipped: dict[str, int] = {}
         """Records per split that were left out because they are longer than the template's ``max_length``."""
+        self.drawn_counts: dict[str, dict[str, int]] = {}
+        """Per split whose solutions were drawn: inputs, solutions, and how many of these were dropped, and why."""
+        self._drawn: dict[str, tuple[Any, DrawnRecords]] = {}
         self._template: PromptTemplate | None = None
         self._kept: dict[str, tuple[PromptTemplate, list[int] | None]] = {}
 
     @abstractmethod
-    def records(self, split: Split) -> Sequence[Record]:
-        """Return the records of a split; ``records(split)[i].index == i``.
+    def given_records(self, split: Split) -> Sequence[Record]:
+        """Return the data's own records of a split; ``given_records(split)[i].index == i``.
 
         Raises:
             ValueError: if there is no such split.
         """
 
     @abstractmethod
+    def given_fingerprint(self, split: Split) -> str:
+        """Return a hash of the content of the data's own records, the same in every process."""
+
+    @abstractmethod
     def has_split(self, split: Split) -> bool:
         """Return whether there are records of this split."""
 
-    @abstractmethod
+    def has_solutions(self, split: Split) -> bool:
+        """Return whether the data's own records of this split hold solutions, and not inputs alone."""
+        return True
+
+    def records(self, split: Split) -> Sequence[Record]:
+        """Return the records of a split, self-generated or given; ``records(split)[i].index == i``.
+
+        Raises:
+            ValueError: if there is no such split, or nothing to draw its solutions from.
+        """
+        if not self.is_drawn(split):
+            return self.given_records(split)
+        module = self.trainer.lightning_module  # type: ignore[union-attr]
+        if split not in self._drawn or self._drawn[split][0] is not module:
+            assert self.self_generated is not None
+            self._drawn[split] = module, draw_records(self, split, self.self_generated)
+        return self._drawn[split][1]
+
     def fingerprint(self, split: Split) -> str:
         """Return a hash of the split's content, the same in every process."""
+        if not self.is_drawn(split):
+            return self.given_fingerprint(split)
+        return content_hash(repr([(record.x, record.y) for record in self.records(split)]).encode())
+
+    def is_drawn(self, split: Split) -> bool:
+        """Return whether a split's solutions are those that the trainer's model draws.
+
+        An entangled model, which is trained on solutions, draws them only where there are none.
+        """
+        module = getattr(self.trainer, "lightning_module", None)
+        if self.self_generated is None or module is None or self.trainer.predicting:  # type: ignore[union-attr]
+            return False
+        return not self.has_solutions(split) or (split == "train" and hasattr(module, "reference"))
+
+    def prepare_data(self) -> None:
+        """Draw, on rank zero and while the others wait, the solutions that this run needs."""
+        if self.trainer is not None:
+            self.setup(self.trainer.state.fn)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the solutions that this run needs, from the disk where they have been drawn."""
+        for split in STAGE_SPLITS.get(stage or "", ()):
+            if self.has_split(split) and self.is_drawn(split):
+                self.records(split)
 
     def describe(self, split: Split, index: int) -> str:
         """Return where a record comes from, for messages."""

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from cvae_lightning.data.base import RecordDataModule, Split
 from cvae_lightning.data.files import Row, listed, read_rows
 from cvae_lightning.data.loader import hash_int
+from cvae_lightning.data.self_generated import SelfGeneration
 from cvae_lightning.outputs import UNLABELLED, Record
 
 
@@ -49,6 +50,8 @@ class PairsDataModule(RecordDataModule):
         num_workers: worker processes that build batches; 0 = the training process itself.
         length_bucketing: batches of records of similar length, which saves padding.
         pin_memory: pin batches for faster copies to a GPU.
+        self_generated: train on solutions that the entangled model draws for the inputs, which may then stand without
+            any; null = on the given ones.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -69,8 +72,9 @@ class PairsDataModule(RecordDataModule):
         num_workers: int = 0,
         length_bucketing: bool = False,
         pin_memory: bool = False,
+        self_generated: SelfGeneration | None = None,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, num_workers, seed, length_bucketing, pin_memory)
+        super().__init__(batch_size, eval_batch_size, num_workers, seed, length_bucketing, pin_memory, self_generated)
         if not 0 < val_fraction < 1:
             raise ValueError(f"data.val_fraction must lie between 0 and 1, got {val_fraction}")
         columns = [column for column in (x_column, y_column, strategy_column) if column is not None]
@@ -85,6 +89,10 @@ class PairsDataModule(RecordDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read and check every source, once."""
+        self._read_all()
+        super().setup(stage)
+
+    def _read_all(self) -> None:
         if self._records:
             return
         pairs: dict[Split, _Pairs] = {
@@ -104,7 +112,21 @@ class PairsDataModule(RecordDataModule):
         for row in read_rows(path, f"{split}_path", default):
             where, columns = row
             pairs.where.append(where)
-            pairs.texts.append((self._cell(row, self.x_column), self._cell(row, self.y_column)))
+            x, bare = self._cell(row, self.x_column), False
+            if self.self_generated is not None:
+                bare = columns.get(self.y_column) in (None, "")
+            elif self.y_column not in columns:
+                raise ValueError(
+                    f"{where}: no column {self.y_column!r}; the columns are {listed(columns)} (the entangled model can "
+                    "solve inputs alone: set data.self_generated)"
+                )
+            pairs.texts.append((x, "" if bare else self._cell(row, self.y_column)))
+            if bool(pairs.texts[-1][1]) != bool(pairs.texts[0][1]):
+                solved = pairs.where[0] if bare else where
+                raise ValueError(
+                    f"{where}: a source holds solutions in all rows or in none, but column {self.y_column!r} is filled "
+                    f"in {solved} only"
+                )
             has_label = self.strategy_column is not None and columns.get(self.strategy_column) not in (None, "")
             pairs.names.append(self._cell(row, str(self.strategy_column)) if has_label else None)
             labelled = labelled or has_label or self.strategy_column in columns
@@ -159,28 +181,34 @@ class PairsDataModule(RecordDataModule):
     @property
     def strategy_names(self) -> list[str]:  # type: ignore[override]
         """Names of the strategies of the training records, sorted; empty without labels."""
-        self.setup()
+        self._read_all()
         return self._names
 
     def has_split(self, split: Split) -> bool:
         """Return whether there are records of this split: always for train and val."""
         return split in ("train", "val") or self.paths.get(split) is not None
 
-    def records(self, split: Split) -> list[Record]:
+    def given_records(self, split: Split) -> list[Record]:
         """Return the records of a split, in the order of the file."""
-        self.setup()
+        self._read_all()
         if split not in self._records:
             raise ValueError(f"there is no split {split!r}: set data.{split}_path")
         return self._records[split]
 
+    def has_solutions(self, split: Split) -> bool:
+        """Return whether the source of a split holds solutions, and not inputs alone."""
+        return bool(self.given_records(split)[0].y)
+
     def describe(self, split: Split, index: int) -> str:
-        """Return the file and line of a record."""
-        self.setup()
+        """Return the file and line of a record that was given."""
+        if self.is_drawn(split):
+            return super().describe(split, index)
+        self._read_all()
         return self._pairs[split].where[index]
 
-    def fingerprint(self, split: Split) -> str:
+    def given_fingerprint(self, split: Split) -> str:
         """Return a hash of all texts and labels of a split."""
         digest = hashlib.blake2b(digest_size=8)
-        for record in self.records(split):
+        for record in self.given_records(split):
             digest.update(repr((record.x, record.y, record.strategy)).encode())
         return digest.hexdigest()

@@ -10,6 +10,7 @@ from typing import Literal, overload
 
 from cvae_lightning.data.base import RecordDataModule, Split
 from cvae_lightning.data.loader import hash_int
+from cvae_lightning.data.self_generated import SelfGeneration
 from cvae_lightning.data.tasks.base import Ceiling, Task
 from cvae_lightning.outputs import Record
 
@@ -73,6 +74,7 @@ class SyntheticDataModule(RecordDataModule):
         num_workers: worker processes that build batches; 0 = the training process itself.
         length_bucketing: batches of records of similar length, which saves padding.
         pin_memory: pin batches for faster copies to a GPU.
+        self_generated: train on solutions that the entangled model draws for the inputs; null = on the task's own.
 
     Raises:
         ValueError: if a size is not positive or the weights do not fit the task.
@@ -93,8 +95,9 @@ class SyntheticDataModule(RecordDataModule):
         num_workers: int = 0,
         length_bucketing: bool = False,
         pin_memory: bool = False,
+        self_generated: SelfGeneration | None = None,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, num_workers, seed, length_bucketing, pin_memory)
+        super().__init__(batch_size, eval_batch_size, num_workers, seed, length_bucketing, pin_memory, self_generated)
         self.task = task
         self.strategy_names = list(task.strategies)
         self.sizes: dict[Split, int] = {"train": train_size, "val": val_size, "test": test_size}
@@ -109,7 +112,7 @@ class SyntheticDataModule(RecordDataModule):
         """Return True: every split has records."""
         return split in self.sizes
 
-    def records(self, split: Split) -> SyntheticRecords:
+    def given_records(self, split: Split) -> SyntheticRecords:
         """Return the records of a split, computed when they are read."""
         if split not in self._records:
             if split not in self.sizes:
@@ -120,14 +123,14 @@ class SyntheticDataModule(RecordDataModule):
     def ceiling(self, split: Split) -> Ceiling:
         """Return the ceilings of alignment over the inputs of a split (the first 5000), under p(s|x)."""
         if split not in self._ceilings:
-            records = self.records(split)
+            records = self.given_records(split)
             xs = [records[i].x for i in range(min(len(records), 5000))]
             self._ceilings[split] = self.task.ceiling_over(xs, self.strategy_probs)
         return self._ceilings[split]
 
-    def fingerprint(self, split: Split) -> str:
+    def given_fingerprint(self, split: Split) -> str:
         """Return a hash of everything that the split's records follow from, and of the first of them."""
-        records = self.records(split)
+        records = self.given_records(split)
         probe = [(r.x, r.y, r.strategy) for r in (records[i] for i in range(min(16, len(records))))]
         text = repr((self.task.spec(), self.strategy_probs, self.seed, split, len(records), probe))
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cvae_lightning.modules.base import CVAEModule
 from cvae_lightning.outputs import PairBatch, Record
+from cvae_lightning.template import Text
 
 Item = TypeVar("Item")
 
@@ -16,12 +17,12 @@ Item = TypeVar("Item")
 class TextUse(CVAEModule):
     """The part of a CVAE that reads texts."""
 
-    def text_batches(self, x: Sequence[str], y: Sequence[str] | None, batch_size: int) -> Iterator[PairBatch]:
+    def text_batches(self, x: Sequence[Text], y: Sequence[Text] | None, batch_size: int) -> Iterator[PairBatch]:
         """Yield batches of the texts in order, on the module's device.
 
         Args:
-            x: inputs.
-            y: one solution per x; None where only x is read.
+            x: inputs, as texts or token ids.
+            y: one solution per x, as texts or token ids; None where only x is read.
             batch_size: records in a batch.
 
         Raises:
@@ -32,7 +33,8 @@ class TextUse(CVAEModule):
             check_texts(y, "y")
             if len(x) != len(y):
                 raise ValueError(f"x and y must be pairs, got {len(x)} x and {len(y)} y")
-        records = [Record(*pair) for pair in zip(x, [""] * len(x) if y is None else y, strict=True)]
+        pairs: Any = zip(x, [""] * len(x) if y is None else y, strict=True)
+        records = [Record(*pair) for pair in pairs]
         for part in batched(records, batch_size):
             batch = self.template.collate(part)
             if y is not None:
@@ -40,17 +42,26 @@ class TextUse(CVAEModule):
             yield batch.to(self.device)
 
 
-def check_texts(texts: Sequence[str], name: str) -> None:
-    """Raise if texts are not a sequence of strings.
+def check_texts(texts: Sequence[Text], name: str) -> None:
+    """Raise if texts are neither all strings nor all lists of token ids.
 
     Raises:
-        ValueError: for a single string, whose characters would pass for texts, and for anything that is no string.
+        ValueError: for a single string, whose characters would pass for texts, and for anything that is no text.
     """
     if isinstance(texts, str):
         raise ValueError(f"{name} must be a list of texts, got the single text {texts[:40]!r}: give [{name}]")
     for text in texts:
-        if not isinstance(text, str):
-            raise ValueError(f"{name} must hold texts, got {text!r:.60} of type {type(text).__name__}")
+        if not (isinstance(text, str) if isinstance(texts[0], str) else _are_ids(text)):
+            raise ValueError(
+                f"{name} must hold texts, got {text!r:.60} of type {type(text).__name__}: give texts alone, or lists "
+                "of token ids alone"
+            )
+
+
+def _are_ids(text: Any) -> bool:
+    if isinstance(text, Tensor):
+        return text.ndim == 1 and not (text.is_floating_point() or text.is_complex())
+    return isinstance(text, list | tuple) and all(isinstance(i, int) for i in text)
 
 
 def batched(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:

@@ -125,3 +125,44 @@ def test_batches_do_not_change_a_gaussian_posterior(artifact):
     model = build(artifact, cls=ContinuousCVAE, latent_dim=2)
     for whole, parts in zip(model.infer(XS, YS), model.infer(XS, YS, batch_size=2), strict=True):
         torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cls", [SharedDiscreteCVAE, ContinuousCVAE])
+def test_token_ids_say_what_their_texts_say(artifact, cls):
+    model = build(artifact, DISTILLED if cls is SharedDiscreteCVAE else PLAIN, cls)
+    x, y = ([model.template._ids([text])[0] for text in texts] for texts in (XS, YS))
+    for kind in (list, tuple, torch.tensor):
+        some = [kind(ids) for ids in x]
+        torch.testing.assert_close(model.route(some), model.route(XS), rtol=0, atol=0)
+        torch.testing.assert_close(model.infer(some, y), model.infer(XS, YS), rtol=0, atol=0)
+    evidence = [run(model.log_evidence, *pair) for pair in ((XS, YS), (x, y), (XS, y))]
+    torch.testing.assert_close(evidence[1:], [evidence[0]] * 2, rtol=0, atol=0)
+    z = torch.zeros(model.latent_dim) if cls is ContinuousCVAE else "argmax"
+    texts, ids = (model.generate(some, z, max_new_tokens=9) for some in (XS, x))
+    assert model.template.tokenizer.batch_decode(ids, skip_special_tokens=True) == texts
+    assert any(texts)
+    several = model.generate(x, z, do_sample=True, num_return_sequences=2, max_new_tokens=4, generator_seed=0)
+    assert [len(two) for two in several] == [2] * len(x)
+    assert all(isinstance(i, int) for two in several for one in two for i in one)
+
+
+def run(function, *arguments):
+    torch.manual_seed(0)
+    return function(*arguments)
+
+
+def test_ids_that_stand_for_no_text_are_refused(artifact):
+    model = build(artifact, num_latents=2)
+    marker, size = model.template.marker_ids["</x>"], len(model.template)
+    for wrong, message in [
+        ([[5, marker]], f"token id {marker} is a marker's or a latent's"),
+        ([[5], [model.template.latent_ids[1]]], "is a marker's or a latent's"),
+        ([[size]], f"token id {size} is outside the vocabulary of {size}"),
+        ([[-1]], "token id -1 is outside"),
+        ([5, 6], "x must hold texts, got 5 of type int"),
+        ([[5], "5"], "x must hold texts, got '5' of type str"),
+        (["5", [5]], "x must hold texts, got .5. of type list"),
+        ([torch.tensor([0.5])], "of type Tensor"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            model.generate(wrong, 0)
