@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from cvae_lightning.launch import said_once, world_size
 from cvae_lightning.recipes import describe, find_recipe, recipe_folder, recipe_names
 
 USAGE = """\
@@ -22,14 +23,19 @@ usage: cvae-lightning COMMAND [options]
   recipes     list the shipped recipes, or print one:  cvae-lightning recipes [NAME]
   quickstart  train and evaluate a small example from end to end (a few minutes on two CPU cores)
   benchmark   compare recipes over tasks and seeds: cvae-lightning benchmark --config NAME_OR_FILE [--smoke] [--list]
+  sweep       search for a recipe's options:     cvae-lightning sweep --config NAME_OR_FILE [--trials N]
 
 `cvae-lightning COMMAND --help` documents every option. Set CVAE_LIGHTNING_TRACEBACK=1 to see where an error came from.
 """
 TRAINING = ("fit", "validate", "test", "predict")
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted")
+"""What gloo and NCCL say when the process at the other end is gone."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; what a user got wrong ends in one message on stderr.
+
+    Of several processes that were launched together and meet the same error, one shows it.
 
     Args:
         args: the words after ``cvae-lightning``; None takes them from ``sys.argv``.
@@ -44,9 +50,11 @@ def main(args: Sequence[str] | None = None) -> int:
             return stop.code or 0
         raise
     except Exception as error:
-        if os.environ.get("CVAE_LIGHTNING_TRACEBACK") == "1" or not _is_user_error(error):
-            raise
-        print(f"cvae-lightning: error: {_message(error)}", file=sys.stderr)
+        with said_once(f"{type(error).__name__}: {error}") as first:  # the other processes of the launch meet it too
+            if first and (os.environ.get("CVAE_LIGHTNING_TRACEBACK") == "1" or not _is_user_error(error)):
+                raise
+            if first:
+                print(f"cvae-lightning: error: {_message(error)}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, argparse.ArgumentError) else 1
 
 
@@ -68,6 +76,10 @@ def _run(words: list[str]) -> int:
         from cvae_lightning.benchmark.command import benchmark
 
         return benchmark(words[1:])
+    elif command == "sweep":
+        from cvae_lightning.sweep.command import sweep
+
+        return sweep(words[1:])
     elif command == "export":
         from cvae_lightning.export.command import export
 
@@ -79,7 +91,7 @@ def _run(words: list[str]) -> int:
 
         run(words)
     else:
-        known = (*TRAINING, "export", "recipes", "quickstart")
+        known = (*TRAINING, "export", "recipes", "quickstart", "sweep")
         raise ValueError(f"unknown command {command!r}; expected {', '.join(known)} or benchmark")
     return 0
 
@@ -106,7 +118,12 @@ def _is_user_error(error: Exception) -> bool:
         return True
     if type(error).__name__ == "MisconfigurationException":  # Lightning's; not imported here, it is slow
         return True
-    return isinstance(error, RuntimeError) and "Error(s) in loading state_dict" in str(error)
+    return isinstance(error, RuntimeError) and ("Error(s) in loading state_dict" in str(error) or _lost_peer(error))
+
+
+def _lost_peer(error: Exception) -> bool:
+    """Return whether the only thing wrong is that another process has ended, which has said why."""
+    return world_size() > 1 and any(sign in str(error) for sign in LOST_PEER)
 
 
 def _message(error: Exception) -> str:
@@ -114,6 +131,8 @@ def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
     text = str(error).strip() or type(error).__name__
+    if _lost_peer(error):
+        return "another process of this run has ended; what it said before says why"
     if "Error(s) in loading state_dict" in text:
         first, *more = [line.strip() for line in text.splitlines()[1:] if line.strip()] or [text]
         rest = f" (and {len(more)} more)" if more else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shlex
 import signal
 import subprocess
@@ -15,6 +14,7 @@ import yaml
 from cvae_lightning.atomic_write import write_text
 from cvae_lightning.benchmark.child import end_with_parent
 from cvae_lightning.config_merge import read_config
+from cvae_lightning.launch import world_size
 from cvae_lightning.quickstart import program
 from cvae_lightning.recipes import find_recipe
 
@@ -46,7 +46,7 @@ def train_entangled_first(recipe: str, config: dict[str, Any]) -> None:
         return
     if (Path(folder) / "baseline.json").exists():
         return
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         raise ValueError(
             f"there is no entangled model in {folder}: train it first with `cvae-lightning fit --config {recipe}`"
         )

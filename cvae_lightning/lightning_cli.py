@@ -22,6 +22,7 @@ import cvae_lightning.data
 import cvae_lightning.losses
 import cvae_lightning.modules
 from cvae_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
+from cvae_lightning.callbacks.checkpoint_step import CheckpointStep
 from cvae_lightning.callbacks.epoch_ends import EpochEnds
 from cvae_lightning.callbacks.nan_guard import NanGuard
 from cvae_lightning.callbacks.partial_gradients import PartialGradients
@@ -29,6 +30,7 @@ from cvae_lightning.callbacks.predictions import PredictionWriter
 from cvae_lightning.callbacks.save_at_termination import SaveAtTermination
 from cvae_lightning.callbacks.step_seed import StepSeed
 from cvae_lightning.config_merge import MergeConfig, rewrite_nulls
+from cvae_lightning.data import SelfGeneration
 from cvae_lightning.entangle_first import train_entangled_first
 from cvae_lightning.losses.base import LossCallback
 from cvae_lightning.option_errors import condense, explain
@@ -38,9 +40,9 @@ class CVAELightningCLI(LightningCLI):
     """LightningCLI with recipes by name, losses merged by name, and runs that resume exactly.
 
     Always present and configurable: ``checkpoint`` (ModelCheckpoint with ``last.ckpt``), ``step_seed``, ``nan_guard``,
-    ``partial_gradients``, ``epoch_ends`` and ``save_at_termination``. ``trainer.plugins`` holds AtomicCheckpointIO
-    unless given. All files of a run lie in ``trainer.default_root_dir``. The config always beats the hyperparameters
-    that a checkpoint remembers.
+    ``partial_gradients``, ``epoch_ends``, ``save_at_termination`` and ``checkpoint_step``. ``trainer.plugins`` holds
+    AtomicCheckpointIO unless given. All files of a run lie in ``trainer.default_root_dir``. The config always beats the
+    hyperparameters that a checkpoint remembers.
     """
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -71,6 +73,7 @@ class CVAELightningCLI(LightningCLI):
         parser.add_lightning_class_args(PartialGradients, "partial_gradients")
         parser.add_lightning_class_args(EpochEnds, "epoch_ends")
         parser.add_lightning_class_args(SaveAtTermination, "save_at_termination")
+        parser.add_lightning_class_args(CheckpointStep, "checkpoint_step")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         plugin = f"{AtomicCheckpointIO.__module__}.{AtomicCheckpointIO.__qualname__}"
         parser.set_defaults(
@@ -153,11 +156,12 @@ def check_writable(folder: str | Path) -> None:
 
 
 def class_help() -> str:
-    """Return the options of every shipped model, data module, loss and callback."""
+    """Return the options of every shipped model, data module, loss and callback, and of self-generated data."""
     sections = []
     for title, package, base in (
         ("models (model.class_path)", cvae_lightning.modules, LightningModule),
         ("data modules (data.class_path)", cvae_lightning.data, LightningDataModule),
+        ("solutions that are drawn (data.init_args.self_generated)", cvae_lightning.data, SelfGeneration),
         ("losses (model.init_args.losses.<name>.class_path)", cvae_lightning.losses, LossCallback),
         ("callbacks (trainer.callbacks)", cvae_lightning.callbacks, Callback),
     ):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cvae_lightning import cli, recipes
 
@@ -162,6 +163,22 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(here):
 def test_saved_config_runs_again(here):
     fit()
     assert cli.main(["validate", "--config", "out/config.yaml", "--ckpt_path", "out/checkpoints/last.ckpt"]) == 0
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_an_evaluation_is_logged_at_the_step_of_its_checkpoint(here):
+    saving = ["--checkpoint.every_n_train_steps", "4", "--checkpoint.save_top_k", "-1"]
+    fit(*saving)
+    (checkpoint,) = Path("out/checkpoints").glob("*step=4.ckpt")
+    words = ["--trainer.default_root_dir", "evaluated", "--ckpt_path", str(checkpoint)]
+    assert cli.main(["validate", "--config", "base.yaml", *saving, *words]) == 0
+    events = EventAccumulator("evaluated")
+    events.Reload()
+    (logged,) = events.Scalars("val/loss")
+    during = EventAccumulator("out")
+    during.Reload()
+    assert logged.step == 3  # counted from 0, as in the fit
+    assert logged.step in {event.step for event in during.Scalars("val/loss")}
 
 
 def test_checkpointing_and_logging_can_be_switched_off(here):

@@ -79,8 +79,9 @@ def test_a_killed_training_goes_on_where_it_was_unless_something_changed(here, n
     assert [path.name for path in Path("runs/cvae").iterdir()] == ["entangled_overrides.yaml"]
 
 
-def test_several_processes_do_not_train_it_at_once(here, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+@pytest.mark.parametrize("launcher", ["WORLD_SIZE", "SLURM_NTASKS"])
+def test_several_processes_do_not_train_it_at_once(here, monkeypatch, launcher):
+    monkeypatch.setenv(launcher, "2")
     with pytest.raises(ValueError, match=r"train it first with `cvae-lightning fit --config base\.yaml`"):
         train_entangled_first("base.yaml", CONFIG)
     assert not Path("calls.txt").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -31,20 +32,22 @@ class NanGuard(Callback):
         self._batches += 1
         if self._batches % self.every_n_batches:
             return
-        finite = bool(torch.isfinite(loss.detach()).all())
-        if trainer.world_size > 1:
-            everywhere = trainer.strategy.reduce_boolean_decision(finite, all=True)
-            if everywhere:
-                return
-            if finite:
-                raise NonFiniteLossError(f"another process met a loss that is not finite at step {trainer.global_step}")
-        if finite:
-            return
+        message = None if bool(torch.isfinite(loss.detach()).all()) else self._describe(trainer, pl_module, loss)
+        if trainer.world_size > 1 and not trainer.strategy.reduce_boolean_decision(message is None, all=True):
+            everywhere: list[str | None] = [None] * trainer.world_size
+            dist.all_gather_object(everywhere, message)
+            message = next(text for text in everywhere if text)  # the same on every rank, so that it is shown once
+        if message:
+            raise NonFiniteLossError(message)
+
+    @staticmethod
+    def _describe(trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> str:
         terms = {name: value.detach().float() for name, value in getattr(pl_module, "last_terms", {}).items()}
         bad = [f"{name} = {value.mean().item()}" for name, value in terms.items() if not torch.isfinite(value).all()]
         culprit = ", ".join(bad) or "no single term, but the weighted total"
-        raise NonFiniteLossError(
+        rank = f", rank {trainer.global_rank}" if trainer.world_size > 1 else ""
+        return (
             f"the training loss is {loss.mean().item()} at optimizer step {trainer.global_step} (epoch "
-            f"{trainer.current_epoch}); not finite: {culprit}. Weights were not updated. Lower the learning rate, set "
-            "trainer.gradient_clip_val, or check that term's weight"
+            f"{trainer.current_epoch}{rank}); not finite: {culprit}. Weights were not updated. Lower the learning "
+            "rate, set trainer.gradient_clip_val, or check that term's weight"
         )

@@ -7,6 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 KEY = "accumulated_gradients"
 """Name of the gradients in a checkpoint."""
@@ -19,7 +20,8 @@ class PartialGradients(Callback):
     validation there, and at the first batch after a resume), but leaves the gradients out: a run resumed from such a
     file would miss those batches. Files saved between optimizer steps hold nothing more than without this callback.
 
-    Under DDP the mean over processes is stored, so that the step taken after a resume is the one that was begun.
+    Under DDP the mean over processes is stored, so that the step taken after a resume is the one that was begun. Where
+    the strategy divides the model over processes (FSDP2), gradients are such means already.
     """
 
     def __init__(self) -> None:
@@ -38,12 +40,8 @@ class PartialGradients(Callback):
         """Add the gradients of the step that has begun; runs on every rank."""
         if not self._begun:
             return
-        gradients = {name: p.grad.detach().clone() for name, p in pl_module.named_parameters() if p.grad is not None}
-        if trainer.world_size > 1:
-            for gradient in gradients.values():
-                dist.all_reduce(gradient)
-                gradient /= trainer.world_size
-        checkpoint[KEY] = gradients
+        gradients = {name: p.grad.detach() for name, p in pl_module.named_parameters() if p.grad is not None}
+        checkpoint[KEY] = {name: _mean(gradient, trainer.world_size) for name, gradient in gradients.items()}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the gradients until the model is on its device."""
@@ -53,5 +51,24 @@ class PartialGradients(Callback):
         """Put the gradients back."""
         parameters = dict(pl_module.named_parameters())
         for name, gradient in self._restored.items():
-            parameters[name].grad = gradient.to(parameters[name])
+            parameters[name].grad = _like(gradient, parameters[name])
         self._begun, self._restored = bool(self._restored), {}
+
+
+def _mean(gradient: Tensor, world_size: int) -> Tensor:
+    """Return the mean over processes, whole."""
+    if isinstance(gradient, DTensor):
+        return gradient.full_tensor().cpu()
+    gradient = gradient.clone()
+    if world_size > 1:
+        dist.all_reduce(gradient)
+        gradient /= world_size
+    return gradient
+
+
+def _like(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """Return a gradient where, and divided as, its parameter is."""
+    if isinstance(parameter, DTensor):
+        gradient = gradient.to(parameter.device, parameter.dtype)
+        return distribute_tensor(gradient, parameter.device_mesh, parameter.placements)
+    return gradient.to(parameter)

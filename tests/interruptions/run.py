@@ -20,9 +20,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", help="fit, benchmark or cache")
+    parser.add_argument("--only", default="", help="fit, launches, benchmark or cache")
     given = parser.parse_args()
     from interruptions.killing import interrupt, prepare
+    from interruptions.launchers import terminate_launches
     from interruptions.others import kill_benchmark, kill_cache
 
     with tempfile.TemporaryDirectory() as folder:
@@ -40,6 +41,9 @@ def main():
                         f"was left; {f.values_compared} values equal to the bit; {time.monotonic() - begun:.0f} s",
                         flush=True,
                     )
+        if given.only in ("", "launches"):
+            for line in terminate_launches(here / "launches"):
+                print(line, flush=True)
         if given.only in ("", "benchmark"):
             print("benchmark:", kill_benchmark(here / "benchmark", given.kills, given.seed), flush=True)
         if given.only in ("", "cache"):
