@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cvae_lightning.export.loading import load_export
     from cvae_lightning.losses import LossCallback
-    from cvae_lightning.modules import ContinuousCVAE, CVAEModule, EntangledLM, LatentSeeding, SharedDiscreteCVAE
+    from cvae_lightning.modules import ContinuousCVAE, CVAEModule, EntangledLM, LatentSeeding, LoRA, SharedDiscreteCVAE
     from cvae_lightning.outputs import ContinuousOutputs, DiscreteOutputs, PairBatch, Record
     from cvae_lightning.template import PromptTemplate
 
@@ -21,6 +21,7 @@ __all__ = [
     "DiscreteOutputs",
     "EntangledLM",
     "LatentSeeding",
+    "LoRA",
     "LossCallback",
     "PairBatch",
     "PromptTemplate",
@@ -31,7 +32,7 @@ __all__ = [
 
 _HOME = {"LossCallback": "losses", "PromptTemplate": "template", "load_export": "export.loading"}
 _HOME |= dict.fromkeys(
-    ("CVAEModule", "ContinuousCVAE", "EntangledLM", "LatentSeeding", "SharedDiscreteCVAE"), "modules"
+    ("CVAEModule", "ContinuousCVAE", "EntangledLM", "LatentSeeding", "LoRA", "SharedDiscreteCVAE"), "modules"
 )
 _HOME |= dict.fromkeys(("ContinuousOutputs", "DiscreteOutputs", "PairBatch", "Record"), "outputs")
 

@@ -57,7 +57,7 @@ class _TensorFields:
         return self._map(Tensor.pin_memory)
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: a trainer of precision bf16-true converts batches field by field
 class PairBatch(_TensorFields):
     """A batch of records as token ids, cut where the latent section goes in.
 

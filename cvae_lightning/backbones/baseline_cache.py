@@ -195,13 +195,22 @@ def _checksum(index: int, values: bytes) -> int:
 
 
 def model_fingerprint(lm: Any) -> str:
-    """Return a hash of a model's config and weights, the same in every process and with any number of threads.
-
-    Of every tensor it takes the sum of all its bytes as integers, and up to 4096 of its elements.
-    """
+    """Return a hash of a model's config and weights, the same in every process and with any number of threads."""
     digest = hashlib.blake2b(repr(sorted(lm.config.to_dict().items(), key=str)).encode(), digest_size=16)
+    _add_weights(digest, lm)
+    return digest.hexdigest()
+
+
+def weights_fingerprint(lm: Any) -> str:
+    """Return a hash of a model's weights alone, which knows nothing of where they lie or what has read them."""
+    digest = hashlib.blake2b(digest_size=16)
+    _add_weights(digest, lm)
+    return digest.hexdigest()
+
+
+def _add_weights(digest: Any, lm: Any) -> None:
+    """Add, of every tensor, the sum of all its bytes as integers, and up to 4096 of its elements."""
     for name, value in lm.state_dict().items():
         raw = value.detach().contiguous().view(torch.uint8 if value.element_size() % 4 else torch.int32).flatten()
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}{int(raw.sum(dtype=torch.int64))}".encode())
         digest.update(raw[:: max(1, raw.numel() // 4096)].cpu().numpy().tobytes())
-    return digest.hexdigest()

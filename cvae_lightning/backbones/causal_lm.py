@@ -162,14 +162,18 @@ def add_token_rows(lm: Any, vocab_size: int, std: float, generator: torch.Genera
     lm.resize_token_embeddings(vocab_size, mean_resizing=False)
     tables = {id(e.weight): e.weight for e in (lm.get_input_embeddings(), lm.get_output_embeddings())}
     for weight in tables.values():
-        fill_rows(weight, list(range(old, vocab_size)), list(range(old)), std, generator)
+        fill_rows(weight, list(range(old, vocab_size)), weight[:old], std, generator)
     return list(range(old, vocab_size))
 
 
 @torch.no_grad()
-def fill_rows(weight: Tensor, rows: list[int], source: list[int], std: float, generator: Any = None) -> None:
-    """Set ``weight[rows]`` to the mean of ``weight[source]`` plus noise of ``std`` times their standard deviation."""
-    known = weight[source].float()
+def fill_rows(weight: Tensor, rows: list[int], source: Tensor, std: float, generator: Any = None) -> None:
+    """Set ``weight[rows]`` to the mean of the rows of ``source`` plus noise of ``std`` times their standard deviation.
+
+    Shape:
+        weight: [V, D]. source: [N, D].
+    """
+    known = source.float()
     noise = torch.randn(len(rows), weight.shape[1], generator=generator, dtype=torch.float32).to(weight.device)
     weight[rows] = (known.mean(0) + std * known.std() * noise).to(weight.dtype)
 

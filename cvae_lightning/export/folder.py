@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 from torch import Tensor
 
 from cvae_lightning.atomic_write import write_json
+from cvae_lightning.backbones.adaptation import merged
 from cvae_lightning.modules import ContinuousCVAE, SharedDiscreteCVAE
 
 EXPORT_FILE = "cvae_export.json"
@@ -66,7 +67,8 @@ def write_model(folder: Path, module: SharedDiscreteCVAE | ContinuousCVAE, kind:
     if posterior and isinstance(module, SharedDiscreteCVAE) and not module.uses_posterior_network:
         raise ValueError("the posterior network of this model was not trained, and the exact posterior needs none")
     template = module.template
-    module.lm.save_pretrained(folder, safe_serialization=True)
+    plain = module.lm if module.adaptation == "full" else merged(module.lm)
+    plain.save_pretrained(folder, safe_serialization=True)
     GenerationConfig(
         do_sample=False,
         max_new_tokens=module.max_new_tokens,
@@ -84,7 +86,11 @@ def write_model(folder: Path, module: SharedDiscreteCVAE | ContinuousCVAE, kind:
         save_file(_ready(latent_weights(module)), folder / files["latent"])
     if posterior:
         files["posterior"] = POSTERIOR_FILE
-        save_file(_ready(module.posterior_network.state_dict()), folder / files["posterior"])
+        network = module.posterior_network
+        if module.adaptation != "full":
+            network = copy.deepcopy(network)
+            network.backbone = merged(network.backbone)
+        save_file(_ready(network.state_dict()), folder / files["posterior"])
     write_json(
         folder / EXPORT_FILE,
         {"format": FORMAT, "kind": kind, "arguments": arguments, "longest_y": int(module.longest_y), "files": files},

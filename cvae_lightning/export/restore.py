@@ -69,6 +69,8 @@ def restore(path: str | Path) -> Restored:
         losses = {"free_energy_loss": FreeEnergyLoss()}
     known = inspect.signature(cls.__init__).parameters.keys() - {"self", "losses", "seeding"}
     arguments = {name: value for name, value in given.items() if name in known}
+    if "lora" in arguments:
+        arguments["lora"] = rebuild(arguments["lora"], source)
     try:
         module = cls(losses=losses, **arguments)
     except (TypeError, AttributeError, KeyError) as error:

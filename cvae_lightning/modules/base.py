@@ -10,21 +10,24 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from cvae_lightning.backbones.adaptation import Adaptation
 from cvae_lightning.backbones.artifact import Baseline, check_c_base
-from cvae_lightning.backbones.causal_lm import add_token_rows, load_causal_lm, load_tokenizer, set_dropout
-from cvae_lightning.functional import global_batch_mean, local_batch
+from cvae_lightning.backbones.causal_lm import load_causal_lm, load_tokenizer, set_dropout
+from cvae_lightning.functional import global_batch_mean, local_batch, masked_token_mean
 from cvae_lightning.losses import LossCallback
 from cvae_lightning.metrics import LossContribution
+from cvae_lightning.modules.adapted import AdaptedModule
 from cvae_lightning.modules.entangled import measure_baseline
 from cvae_lightning.modules.frozen_baseline import FrozenBaseline
-from cvae_lightning.modules.language_model import LanguageModule, describe_lm, rebuild_lm
+from cvae_lightning.modules.language_model import rebuild_lm
+from cvae_lightning.modules.lora import LoRA
 from cvae_lightning.outputs import ContinuousOutputs, DiscreteOutputs, PairBatch
 from cvae_lightning.template import PromptTemplate
 
 Outputs = DiscreteOutputs | ContinuousOutputs
 
 
-class CVAEModule(LanguageModule):
+class CVAEModule(AdaptedModule):
     """Router, generator and posterior around an entangled model, with pluggable losses.
 
     Subclasses say what the latent is; a user's subclass overrides one stage of :meth:`compute_outputs`, or
@@ -48,6 +51,9 @@ class CVAEModule(LanguageModule):
         weight_decay: float,
         baseline_cache: bool | str = True,
         prefix_length: int = 1,
+        adaptation: Adaptation = "full",
+        lora: LoRA | None = None,
+        keep_frozen: bool = False,
     ) -> None:
         super().__init__(learning_rate, warmup_steps, final_learning_rate_fraction, weight_decay)
         self.losses = _loss_dict(losses)
@@ -74,9 +80,8 @@ class CVAEModule(LanguageModule):
             self.c_base = check_c_base(c_base, "model.c_base")
         self.frozen_baseline = FrozenBaseline(baseline_cache, lm if isinstance(entangled, str) else None)
         set_dropout(lm, dropout)
-        self.lm = lm
+        self.adapt(lm, adaptation, lora, keep_frozen)
         self.keep_longest_y()
-        self._reference: list[Any] = []  # a list keeps the frozen model out of parameters() and checkpoints
 
     # The line of the step: batch -> outputs -> terms -> objective -> log.
 
@@ -157,8 +162,12 @@ class CVAEModule(LanguageModule):
 
     @torch.no_grad()
     def diagnostics(self, outputs: Outputs) -> dict[str, Tensor]:
-        """Return the diagnostics of all losses."""
-        return {key: value for _, loss in self._named_losses() for key, value in loss.diagnostics(outputs).items()}
+        """Return the diagnostics of all losses, and the inter-latent JSD where it was computed."""
+        found = {key: value for _, loss in self._named_losses() for key, value in loss.diagnostics(outputs).items()}
+        if outputs.inter_latent_jsd is not None and "inter_latent_jsd/weighted_mean" not in found:
+            rows = masked_token_mean(outputs.inter_latent_jsd, outputs.y_mask, outputs.baseline_nll)
+            found["inter_latent_jsd/weighted_mean"] = rows.mean()
+        return found
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         """Accumulate every metric of the split."""
@@ -220,7 +229,7 @@ class CVAEModule(LanguageModule):
         return bool(self._reference) or isinstance(self.entangled, str)
 
     def reference(self) -> Any:
-        """Return the frozen entangled model, loaded when it is first needed."""
+        """Return the frozen entangled model: loaded when it is first needed, or what has been adapted, as it was."""
         if not self._reference:
             if not isinstance(self.entangled, str):
                 raise ValueError(
@@ -228,11 +237,9 @@ class CVAEModule(LanguageModule):
                     "give model.entangled as a folder or hub name"
                 )
             lm = load_causal_lm(self.entangled).eval().requires_grad_(False)
-            # Markers that a foreign model lacks get rows; latents get none: they would take probability from y.
-            rows = max(self.template.marker_ids.values()) + 1
-            add_token_rows(lm, rows, 1.0, torch.Generator().manual_seed(0))  # the same whenever it is loaded
+            self._add_marker_rows(lm)
             self._reference.append(lm)
-        if self._reference[0].device != self.device:
+        if self._frozen or self._reference[0].device != self.device:  # shared weights move by themselves, buffers not
             self._reference[0].to(self.device)
         return self._reference[0]
 
@@ -256,7 +263,7 @@ class CVAEModule(LanguageModule):
         self._release_reference()
 
     def _release_reference(self) -> None:
-        if self._reference and self.frozen_baseline.done(self):
+        if self._reference and not self._frozen and self.frozen_baseline.done(self):
             self._reference.clear()
 
     def setup(self, stage: str) -> None:
@@ -293,11 +300,9 @@ class CVAEModule(LanguageModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint self-contained: config, tokenizer and c_base among the hyperparameters."""
-        hyperparameters = dict(checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}))
-        hyperparameters["entangled"] = describe_lm(self.lm, self.template.tokenizer)
+        super().on_save_checkpoint(checkpoint)
         if self.c_base is not None:
-            hyperparameters["c_base"] = self.c_base
-        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = hyperparameters
+            checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["c_base"] = self.c_base
 
     # Small things.
 

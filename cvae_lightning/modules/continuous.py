@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from copy import deepcopy
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from cvae_lightning.backbones.adaptation import Adaptation
 from cvae_lightning.backbones.branches import BranchMethod, BranchOutput, run_branches
-from cvae_lightning.backbones.causal_lm import add_token_rows, head_of
+from cvae_lightning.backbones.causal_lm import head_of
 from cvae_lightning.backbones.conditioning import Injection, LatentNorms, LatentPrefix, check_norm_branches
 from cvae_lightning.backbones.posterior import Pooling, PosteriorNetwork
 from cvae_lightning.functional import gaussian_log_prob, gaussian_sample, importance_weighted_evidence, soft_bound
@@ -20,6 +20,7 @@ from cvae_lightning.metrics.continuous import ContinuousMetrics
 from cvae_lightning.modules.base import Outputs
 from cvae_lightning.modules.gaussian_use import GaussianUse
 from cvae_lightning.modules.language_model import token_stats
+from cvae_lightning.modules.lora import LoRA
 from cvae_lightning.outputs import ContinuousOutputs, PairBatch
 
 
@@ -71,6 +72,13 @@ class ContinuousCVAE(GaussianUse):
         weight_decay: of matrices.
         baseline_cache: keep the frozen baseline's NLL on disk: true (below ``trainer.default_root_dir``), false, or a
             folder.
+        adaptation: what is trained of the language models of generator and posterior: ``full`` = everything; ``lora`` =
+            low-rank adapters and the rows of marker tokens (needs peft); ``frozen`` = those rows alone. With the last
+            two, generator, posterior and entangled model are one set of weights in memory. All else (router, prefix,
+            norms, the posterior's head) is trained with each of them.
+        lora: size and place of the adapters; null = ``LoRA()``.
+        keep_frozen: keep in checkpoints what ``lora`` and ``frozen`` leave untrained; else a checkpoint names the
+            entangled model and the hash of its weights, and needs it.
 
     Raises:
         ValueError: for a number below its least value, or an entangled model that cannot be read.
@@ -105,6 +113,9 @@ class ContinuousCVAE(GaussianUse):
         final_learning_rate_fraction: float = 0.05,
         weight_decay: float = 0.0,
         baseline_cache: bool | str = True,
+        adaptation: Adaptation = "full",
+        lora: LoRA | None = None,
+        keep_frozen: bool = False,
     ) -> None:
         for name, value, least in (
             ("latent_dim", latent_dim, 1),
@@ -145,6 +156,9 @@ class ContinuousCVAE(GaussianUse):
             weight_decay,
             baseline_cache,
             prefix_length,
+            adaptation,
+            lora,
+            keep_frozen,
         )
         self.latent_dim = latent_dim
         self.num_samples = num_samples
@@ -156,8 +170,8 @@ class ContinuousCVAE(GaussianUse):
         self.injection = injection
         self.logvar_bounds = (float(low), float(high))
         self.branch_method: BranchMethod = branch_method
-        add_token_rows(self.lm, len(self.template), 1.0)
-        self.posterior_network = PosteriorNetwork(deepcopy(self.lm), 2 * latent_dim, pooling)
+        self.add_rows(1.0)
+        self.posterior_network = PosteriorNetwork(self.posterior_backbone(), 2 * latent_dim, pooling)
         with torch.no_grad():
             self.posterior_network.project.bias[latent_dim:] = posterior_initial_logvar
         self.prefix = LatentPrefix(self.lm, latent_dim, prefix_length, prefix_hidden)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import deepcopy
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from cvae_lightning.backbones.adaptation import Adaptation, scatter_rows
 from cvae_lightning.backbones.branches import BranchMethod, BranchOutput, run_branches
-from cvae_lightning.backbones.causal_lm import add_token_rows, evaluating, fill_rows, has_dropout, head_of
+from cvae_lightning.backbones.causal_lm import evaluating, has_dropout, head_of
 from cvae_lightning.backbones.conditioning import LatentNorms, check_norm_branches
 from cvae_lightning.backbones.posterior import Pooling, PosteriorNetwork
 from cvae_lightning.functional import exact_posterior
@@ -19,6 +19,7 @@ from cvae_lightning.metrics.discrete import DiscreteMetrics
 from cvae_lightning.modules.base import Outputs
 from cvae_lightning.modules.discrete_use import DiscreteUse
 from cvae_lightning.modules.language_model import token_stats
+from cvae_lightning.modules.lora import LoRA
 from cvae_lightning.modules.seeding import LatentSeeding
 from cvae_lightning.outputs import DiscreteOutputs, PairBatch
 
@@ -71,6 +72,13 @@ class SharedDiscreteCVAE(DiscreteUse):
         norm_dim: size of the vector of a latent that conditions the norm layers (not with ``branch_method: grouped``,
             nor under gradient checkpointing); 0 = none. ``load_export`` attaches them to an exported folder again.
         seeding: where the latents start: at clusters of the entangled model's own solutions; null = at random.
+        adaptation: what is trained of the language models of generator and posterior: ``full`` = everything; ``lora`` =
+            low-rank adapters and the rows of marker and latent tokens (needs peft); ``frozen`` = those rows alone. With
+            the last two, generator, posterior and entangled model are one set of weights in memory. All else (norms,
+            vectors of the latents, the posterior's head) is trained with each of them.
+        lora: size and place of the adapters; null = ``LoRA()``.
+        keep_frozen: keep in checkpoints what ``lora`` and ``frozen`` leave untrained; else a checkpoint names the
+            entangled model and the hash of its weights, and needs it.
 
     Raises:
         ValueError: for fewer than two latents, a temperature <= 0, a length or size out of range, or an entangled model
@@ -102,6 +110,9 @@ class SharedDiscreteCVAE(DiscreteUse):
         prefix_length: int = 1,
         norm_dim: int = 0,
         seeding: LatentSeeding | None = None,
+        adaptation: Adaptation = "full",
+        lora: LoRA | None = None,
+        keep_frozen: bool = False,
     ) -> None:
         if num_latents < 2:
             raise ValueError(f"num_latents must be at least 2 for z to mean anything, got {num_latents}")
@@ -127,6 +138,9 @@ class SharedDiscreteCVAE(DiscreteUse):
             weight_decay,
             baseline_cache,
             prefix_length,
+            adaptation,
+            lora,
+            keep_frozen,
         )
         self.num_latents = num_latents
         self.posterior_kind = posterior
@@ -134,7 +148,7 @@ class SharedDiscreteCVAE(DiscreteUse):
         self.branch_method: BranchMethod = branch_method
         self.num_latent_chunk = num_latent_chunk
         self._prepare_latent_rows(latent_token_std)
-        self.posterior_network = PosteriorNetwork(deepcopy(self.lm), num_latents, pooling)
+        self.posterior_network = PosteriorNetwork(self.posterior_backbone(), num_latents, pooling)
         if norm_dim:
             self.latent_vectors = nn.Embedding(num_latents, norm_dim)
         self.norms = LatentNorms(self.lm, norm_dim) if norm_dim else None  # after the copy of lm
@@ -157,12 +171,10 @@ class SharedDiscreteCVAE(DiscreteUse):
 
     def _prepare_latent_rows(self, std: float) -> None:
         known = self.lm.get_input_embeddings().weight.shape[0]
-        add_token_rows(self.lm, len(self.template), std)
+        self.add_rows(std)
         rows = self.template.all_latent_ids
         source = sorted({*range(min(known, len(self.template)))} - {*rows})
-        tables = {id(e.weight): e.weight for e in (self.lm.get_input_embeddings(), self.lm.get_output_embeddings())}
-        for weight in tables.values():
-            fill_rows(weight, rows, source, std)
+        scatter_rows(self.lm, rows, source, std)
 
     # The stages. Override one of them to change it.
 
@@ -252,10 +264,11 @@ class SharedDiscreteCVAE(DiscreteUse):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load what was trained with a seeding where the config has none, and the other way round."""
+        super().on_load_checkpoint(checkpoint)
         if self.seeding is None:
-            checkpoint["state_dict"].pop("seeded", None)
+            checkpoint.get("state_dict", {}).pop("seeded", None)  # a strategy that divides the model has it loaded
         else:
-            checkpoint["state_dict"].setdefault("seeded", torch.tensor(False))
+            checkpoint.get("state_dict", {}).setdefault("seeded", torch.tensor(False))
 
     # Metrics.
 
@@ -263,6 +276,7 @@ class SharedDiscreteCVAE(DiscreteUse):
         """Size the alignment table by the data's strategies; leave a posterior network that nothing trains alone."""
         super().setup(stage)
         self.posterior_network.requires_grad_(self.uses_posterior_network)
+        self.freeze_entangled()
         names = getattr(getattr(self.trainer, "datamodule", None), "strategy_names", None) or []
         self.metrics.set_strategies(len(names))
 

@@ -16,6 +16,7 @@ from cvae_lightning.backbones.generation import expansion
 from cvae_lightning.functional import exact_posterior, log_marginal_likelihood
 from cvae_lightning.modules.text_use import TextUse, batched, check_texts, rounded
 from cvae_lightning.outputs import PairBatch
+from cvae_lightning.template import Text
 
 PosteriorKind = Literal["exact", "amortized"]
 
@@ -56,7 +57,7 @@ class DiscreteUse(TextUse):
         return torch.tensor([row + end for row in self.template.latent_prefixes], device=self.device)
 
     @torch.no_grad()
-    def route(self, x: Sequence[str], batch_size: int = 256) -> Tensor:
+    def route(self, x: Sequence[Text], batch_size: int = 256) -> Tensor:
         """Return log p(z_k|x) for texts x, [len(x), K], on the CPU."""
         check_texts(x, "x")
         rows = [torch.empty(0, self.num_latents)]
@@ -72,8 +73,8 @@ class DiscreteUse(TextUse):
     @torch.no_grad()
     def infer(
         self,
-        x: Sequence[str],
-        y: Sequence[str],
+        x: Sequence[Text],
+        y: Sequence[Text],
         posterior: PosteriorKind | None = None,
         temperature: float | None = None,
         batch_size: int = 32,
@@ -81,8 +82,8 @@ class DiscreteUse(TextUse):
         """Return log q(z_k|x,y) for solved problems, [len(x), K], on the CPU.
 
         Args:
-            x: inputs.
-            y: their solutions.
+            x: inputs, as texts or all as token ids.
+            y: their solutions, likewise.
             posterior: ``exact``, by scoring y under every latent, or ``amortized``, by the posterior network alone;
                 None = what the module was trained with.
             temperature: beta of the exact posterior; None = the module's. 1 is Bayes' rule.
@@ -104,12 +105,12 @@ class DiscreteUse(TextUse):
             rows.append(self._log_posterior(batch, scores, beta).cpu())
         return torch.cat(rows)
 
-    def log_likelihood(self, x: Sequence[str], y: Sequence[str], batch_size: int = 32) -> Tensor:
+    def log_likelihood(self, x: Sequence[Text], y: Sequence[Text], batch_size: int = 32) -> Tensor:
         """Return log p(y|x,z_k) for solved problems, [len(x), K] nats, on the CPU."""
         rows = [-nll.cpu() for _, nll in self._scored(x, y, batch_size)]
         return torch.cat([torch.empty(0, self.num_latents), *rows])
 
-    def log_evidence(self, x: Sequence[str], y: Sequence[str], batch_size: int = 32) -> Tensor:
+    def log_evidence(self, x: Sequence[Text], y: Sequence[Text], batch_size: int = 32) -> Tensor:
         """Return log p(y|x) = log sum_k p(z_k|x) p(y|x,z_k) for solved problems, [len(x)] nats, on the CPU.
 
         It is exact, whatever the posterior and its temperature. y counts with its end: ``</y>`` and ``<eos>``.
@@ -119,14 +120,14 @@ class DiscreteUse(TextUse):
 
     def generate(
         self,
-        x: Sequence[str],
+        x: Sequence[Text],
         z: int | Sequence[int] | Literal["router", "argmax", "all"] = "router",
         **options: Any,
     ) -> list[Any]:
         """Return one y per x; a list of them where several are asked for.
 
         Args:
-            x: inputs.
+            x: inputs, as texts or all as token ids; y is of the same kind.
             z: a latent for all x, one latent per x, ``router`` to draw one z for each x from p(z|x), ``argmax`` of
                 p(z|x), or ``all`` for a list of K y per x, as :meth:`generate_all`.
             options: ``generator_seed``, ``batch_size`` (rows of the model's batch), and those of transformers'
@@ -158,11 +159,11 @@ class DiscreteUse(TextUse):
         section = [[m["<z>"], *prefixes[k], m["</z>"]] for k in latents]
         return self._generate(x, section, torch.tensor(latents)[:, None], self.template.section_length - 1, **options)
 
-    def generate_all(self, x: Sequence[str], **options: Any) -> list[list[Any]]:
+    def generate_all(self, x: Sequence[Text], **options: Any) -> list[list[Any]]:
         """Return, for each x, one y under every latent; each x is read once for all of them.
 
         Args:
-            x: inputs.
+            x: inputs, as texts or all as token ids; y is of the same kind.
             options: as for :meth:`generate`.
         """
         check_texts(x, "x")
@@ -172,7 +173,7 @@ class DiscreteUse(TextUse):
         return [ys[i : i + self.num_latents] for i in range(0, len(ys), self.num_latents)]
 
     def _generate(
-        self, x: Sequence[str], section: list[list[int]], latents: Tensor, conditioned: int, **options: Any
+        self, x: Sequence[Text], section: list[list[int]], latents: Tensor, conditioned: int, **options: Any
     ) -> list[Any]:
         """Continue each x behind its section, with norms that see the latents [len(x), branches of an x].
 
@@ -216,7 +217,7 @@ class DiscreteUse(TextUse):
                 row[name] = rounded(known[name][n]) if y else None
         return rows
 
-    def _scored(self, x: Sequence[str], y: Sequence[str], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _scored(self, x: Sequence[Text], y: Sequence[Text], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         return (self._scores(batch) for batch in self.text_batches(x, y, batch_size))
 
     @torch.no_grad()

@@ -25,8 +25,9 @@ from cvae_lightning.backbones.tokenizer import build_tokenizer
 from cvae_lightning.functional import global_batch_mean
 from cvae_lightning.metrics import ReconstructionRatio
 from cvae_lightning.modules.language_model import LanguageModule, describe_lm, rebuild_lm
+from cvae_lightning.modules.sharding import is_sharded
 from cvae_lightning.outputs import PairBatch
-from cvae_lightning.template import PromptTemplate
+from cvae_lightning.template import PromptTemplate, Text
 
 
 class EntangledLM(LanguageModule):
@@ -120,10 +121,12 @@ class EntangledLM(LanguageModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store config and tokenizer, so that the checkpoint loads by itself."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["entangled"] = describe_lm(self.lm, self.template.tokenizer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Rebuild the model where no data has done so."""
+        super().on_load_checkpoint(checkpoint)
         if self.lm is None:
             self._adopt(*rebuild_lm(checkpoint["entangled"]))
 
@@ -179,20 +182,25 @@ class EntangledLM(LanguageModule):
 
     def write_artifact(self, data: Any) -> Baseline:
         """Write ``output_dir`` and return its baseline."""
-        c_base, tokens = measure_baseline(self, self.lm, data.val_dataloader())
+        lm = self.lm
+        if is_sharded(self):
+            self.keep_gathered(True)
+            lm, _ = rebuild_lm(describe_lm(self.lm, self.template.tokenizer))
+            lm.load_state_dict(dict(self.lm.named_parameters(remove_duplicate=False)), strict=False)
+        c_base, tokens = measure_baseline(self, lm, data.val_dataloader())
         baseline = Baseline(
             c_base, tokens, data.fingerprint("val"), self.template.fingerprint(), round(self.seconds, 1)
         )
         if self.global_rank == 0:
-            save_artifact(self.output_dir, self.lm, self.template.tokenizer, baseline)
+            save_artifact(self.output_dir, lm, self.template.tokenizer, baseline)
             rank_zero_info(f"entangled model: {c_base:.5f} nats per token, written to {self.output_dir}")
         return baseline
 
-    def generate(self, x: Sequence[str], **options: Any) -> list[str]:
+    def generate(self, x: Sequence[Text], **options: Any) -> list[Any]:
         """Return one y per x.
 
         Args:
-            x: inputs.
+            x: inputs, as texts or all as token ids; y is of the same kind.
             options: ``do_sample``, ``temperature``, ``max_new_tokens``, ``generator_seed``, ``batch_size``.
         """
         return self.generate_from(x, [()] * len(x), **options)

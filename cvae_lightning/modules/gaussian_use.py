@@ -17,6 +17,7 @@ from cvae_lightning.backbones.generation import expansion
 from cvae_lightning.functional import gaussian_sample, importance_weighted_evidence
 from cvae_lightning.modules.text_use import TextUse, check_texts, rounded
 from cvae_lightning.outputs import PairBatch
+from cvae_lightning.template import Text
 
 
 class GaussianUse(TextUse):
@@ -57,7 +58,7 @@ class GaussianUse(TextUse):
         """Return log p(z|x) - log r(z), [B, S], for samples of which ``own`` come from q and the others from p."""
 
     @torch.no_grad()
-    def route(self, x: Sequence[str], batch_size: int = 256) -> tuple[Tensor, Tensor]:
+    def route(self, x: Sequence[Text], batch_size: int = 256) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance of p(z|x) for texts x, [len(x), D] each, on the CPU."""
         rows = [(torch.empty(0, self.latent_dim),) * 2]
         for batch in self.text_batches(x, None, batch_size):
@@ -67,7 +68,7 @@ class GaussianUse(TextUse):
         return torch.cat([mean for mean, _ in rows]), torch.cat([logvar for _, logvar in rows])
 
     @torch.no_grad()
-    def infer(self, x: Sequence[str], y: Sequence[str], batch_size: int = 32) -> tuple[Tensor, Tensor]:
+    def infer(self, x: Sequence[Text], y: Sequence[Text], batch_size: int = 32) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance of q(z|x,y) for solved problems, [len(x), D] each, on the CPU."""
         rows = [(torch.empty(0, self.latent_dim),) * 2]
         for batch in self.text_batches(x, y, batch_size):
@@ -78,8 +79,8 @@ class GaussianUse(TextUse):
 
     def log_evidence(
         self,
-        x: Sequence[str],
-        y: Sequence[str],
+        x: Sequence[Text],
+        y: Sequence[Text],
         num_samples: int | None = None,
         generator_seed: int = 0,
         batch_size: int = 16,
@@ -89,8 +90,8 @@ class GaussianUse(TextUse):
         It is a lower bound in expectation, tighter with more samples. y counts with its end: ``</y>`` and ``<eos>``.
 
         Args:
-            x: inputs.
-            y: their solutions.
+            x: inputs, as texts or all as token ids.
+            y: their solutions, likewise.
             num_samples: samples of z from the posterior, and as many from the router; None = ``num_eval_samples``.
             generator_seed: the samples of a record are a function of this seed and of its place among the records.
             batch_size: records at a time.
@@ -133,11 +134,13 @@ class GaussianUse(TextUse):
         found |= {"posterior_mean": q[0], "posterior_logvar": q[1]}
         return found if z is None else found | {"log_likelihood": -nll[:, -1]}
 
-    def generate(self, x: Sequence[str], z: Tensor | Literal["router", "mean"] = "router", **options: Any) -> list[Any]:
+    def generate(
+        self, x: Sequence[Text], z: Tensor | Literal["router", "mean"] = "router", **options: Any
+    ) -> list[Any]:
         """Return one y per x; a list of them where several are asked for.
 
         Args:
-            x: inputs.
+            x: inputs, as texts or all as token ids; y is of the same kind.
             z: latents [len(x), D], one latent [D] for all, ``router`` to sample from p(z|x), or ``mean`` of p(z|x).
             options: ``generator_seed``, ``batch_size`` (rows of the model's batch), and those of transformers'
                 ``GenerationConfig``: ``max_new_tokens``, ``do_sample``, ``temperature``, ``top_p``, ``num_beams``,
@@ -166,7 +169,7 @@ class GaussianUse(TextUse):
         with torch.no_grad(), nullcontext() if self.norms is None else self.norms.given(None):
             return self.generate_from(x, [section] * len(x), embed=embed, shrink=self.norms is None, **options)
 
-    def _latents(self, x: Sequence[str], z: Tensor | str, seed: int | None) -> Tensor:
+    def _latents(self, x: Sequence[Text], z: Tensor | str, seed: int | None) -> Tensor:
         if isinstance(z, str):
             if z not in ("router", "mean"):
                 raise ValueError(f"z must be a tensor of latents, 'router' or 'mean', got {z!r}")

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import lightning as L
 import torch
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import Tensor
@@ -24,13 +23,15 @@ from cvae_lightning.backbones.causal_lm import (
     read_hidden,
 )
 from cvae_lightning.functional import latent_token_stats
+from cvae_lightning.modules.base_weights import FORMAT, FORMAT_KEY, WEIGHTS, check_format, load_base
+from cvae_lightning.modules.sharding import Shardable
 from cvae_lightning.outputs import PairBatch
 from cvae_lightning.spec import HasSpec, to_plain
-from cvae_lightning.template import PromptTemplate
+from cvae_lightning.template import PromptTemplate, Text
 from cvae_lightning.trust import find_class, read_checkpoint, rebuild
 
 
-class LanguageModule(HasSpec, L.LightningModule):
+class LanguageModule(HasSpec, Shardable):
     """A LightningModule around one causal LM and its template.
 
     Args:
@@ -97,7 +98,7 @@ class LanguageModule(HasSpec, L.LightningModule):
         hidden = read_hidden(decoder_of(lm), ids, mask, offset)[:, width:]  # [B, T, D]
         return token_stats(hidden[:, None], head_of(lm), batch, need_jsd=False)[0][:, 0]
 
-    def generate_from(self, xs: Sequence[str], section: Sequence[Sequence[int]], **options: Any) -> list[Any]:
+    def generate_from(self, xs: Sequence[Text], section: Sequence[Sequence[int]], **options: Any) -> list[Any]:
         """Continue ``<bos> <x> x </x> section <y>`` for each x; see :meth:`generate` of the subclasses.
 
         ``embed`` turns prompt ids [N, L] of these rows of ``xs`` into input embeddings, where a latent is a vector; or
@@ -121,7 +122,8 @@ class LanguageModule(HasSpec, L.LightningModule):
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
         m = self.template.marker_ids
         banned = torch.tensor([m[t] for t in m if t != "</y>"] + self.template.all_latent_ids, device=self.device)
-        texts: list[str] = []
+        texts: list[Any] = []
+        write = self.template.decode if not len(xs) or isinstance(xs[0], str) else self.template.cut
         with evaluating(self):
             size = max(1, batch_size // (wide * (1 if branches is None else len(branches))))
             for start in range(0, len(xs), size):
@@ -145,7 +147,7 @@ class LanguageModule(HasSpec, L.LightningModule):
                     tokenizer=self.template.tokenizer,
                     **options,
                 )
-                texts += self.template.decode(produced.cpu())
+                texts += write(produced.cpu())
         return texts if several == 1 else [texts[i : i + several] for i in range(0, len(texts), several)]
 
     @classmethod
@@ -176,6 +178,7 @@ class LanguageModule(HasSpec, L.LightningModule):
         remembered = stored.get(cls.CHECKPOINT_HYPER_PARAMS_KEY) or {}
         if not isinstance(remembered, dict) or not isinstance(stored.get("state_dict"), dict):
             raise ValueError(f"cannot read checkpoint {source}: expected hyper_parameters and state_dict as mappings")
+        check_format(stored, source)
         path = remembered.get("_class_path")
         target = cls if path is None else find_class(path, cls, source)
         own = {key: value for key, value in remembered.items() if key not in ("_class_path", "_instantiator", *kwargs)}
@@ -186,6 +189,14 @@ class LanguageModule(HasSpec, L.LightningModule):
         model.on_load_checkpoint(stored)
         model.load_state_dict(stored["state_dict"], strict=strict is not False)
         return model.to(next((value.device for value in stored["state_dict"].values()), "cpu"))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say in which format the checkpoint is."""
+        checkpoint[FORMAT_KEY] = FORMAT
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of a later version."""
+        check_format(checkpoint, "the checkpoint")
 
     @property
     def max_new_tokens(self) -> int:
@@ -239,10 +250,16 @@ def describe_lm(lm: Any, tokenizer: Any) -> dict[str, str]:
 
 
 def rebuild_lm(description: dict[str, str]) -> tuple[Any, Any]:
-    """Return (randomly initialised LM, tokenizer) from :func:`describe_lm`; the checkpoint's weights come after."""
+    """Return (LM, tokenizer) from :func:`describe_lm`.
+
+    The LM is randomly initialised, and the checkpoint's weights come after; or it has those that the checkpoint left
+    out, where the description says which these are.
+    """
     config = cast(dict[str, Any], json.loads(description["config"]))
     with tempfile.TemporaryDirectory() as folder:
         for name, text in json.loads(description["tokenizer"]).items():
             (Path(folder) / Path(name).name).write_text(text)
         tokenizer = load_tokenizer(folder)
+    if WEIGHTS in description:
+        return load_base(description), tokenizer
     return build_causal_lm(config, config["vocab_size"], config.get("pad_token_id")), tokenizer

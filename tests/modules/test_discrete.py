@@ -63,6 +63,18 @@ def test_only_what_a_loss_asks_for_is_computed(artifact):
     assert o.baseline_nll is None
     assert o.inter_latent_jsd is None
     assert not model._reference  # the entangled model was not even loaded
+    assert "inter_latent_jsd/weighted_mean" not in model.diagnostics(o)
+
+
+def test_an_evaluation_logs_the_inter_latent_jsd_whatever_the_losses(artifact):
+    plain = build(artifact, {"reconstruction_loss": losses_.ReconstructionLoss()})
+    asked = build(
+        artifact,
+        {"reconstruction_loss": losses_.ReconstructionLoss(), "jsd": all_losses()["inter_latent_divergence_loss"]},
+    )
+    a, b = (m.diagnostics(m.compute_outputs(batch_of(m), m.required_fields("val"))) for m in (plain, asked))
+    torch.testing.assert_close(a, b)
+    assert a["inter_latent_jsd/weighted_mean"] > 0
 
 
 def test_a_posterior_network_that_nothing_reads_is_neither_run_nor_trained(artifact):
