@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -38,6 +39,8 @@ class PriorKLLoss(LossCallback):
         target_nats: instead, the term is |mean KL - target_nats| of the global batch, a budget that is neither
             exceeded nor undercut (Burgess et al. 2018, arXiv 1804.03599); a good one is the entropy of the strategies.
         per_dimension: continuous only: free nats for every dimension, sum_d max(mean_batch KL_d, free_nats).
+        detach_posterior: q is a constant, so that the term trains the router alone: what is latent stays as it is, and
+            the router learns how often.
 
     Returns:
         [B] nats, fp32; [] with ``target_nats`` or ``per_dimension``.
@@ -49,6 +52,7 @@ class PriorKLLoss(LossCallback):
         free_nats: float = 0.0,
         target_nats: float | None = None,
         per_dimension: bool = False,
+        detach_posterior: bool = False,
     ) -> None:
         super().__init__(weight)
         if free_nats < 0:
@@ -58,9 +62,12 @@ class PriorKLLoss(LossCallback):
         self.free_nats = free_nats
         self.target_nats = target_nats
         self.per_dimension = per_dimension
+        self.detach_posterior = detach_posterior
 
     def forward(self, outputs: DiscreteOutputs | ContinuousOutputs) -> Tensor:
         """Return the KL, [B] or []."""
+        if self.detach_posterior:
+            outputs = detached_posterior(outputs)
         if self.per_dimension:
             if isinstance(outputs, DiscreteOutputs):
                 raise ValueError("per_dimension free nats need a latent with dimensions, and this one is discrete")
@@ -80,6 +87,14 @@ def prior_kl(outputs: DiscreteOutputs | ContinuousOutputs) -> Tensor:
     if isinstance(outputs, DiscreteOutputs):
         return categorical_kl(outputs.posterior_log_probs, outputs.router_log_probs)
     return gaussian_kl(outputs.posterior_mean, outputs.posterior_logvar, outputs.prior_mean, outputs.prior_logvar)
+
+
+def detached_posterior(outputs: DiscreteOutputs | ContinuousOutputs) -> DiscreteOutputs | ContinuousOutputs:
+    """Return the outputs with a posterior that no gradient goes through."""
+    if isinstance(outputs, DiscreteOutputs):
+        return replace(outputs, posterior_log_probs=outputs.posterior_log_probs.detach())
+    mean, logvar = outputs.posterior_mean.detach(), outputs.posterior_logvar.detach()
+    return replace(outputs, posterior_mean=mean, posterior_logvar=logvar)
 
 
 def _kl_per_dimension(outputs: ContinuousOutputs) -> Tensor:

@@ -87,6 +87,15 @@ def test_weighted_samples_count_by_their_weight():
     assert outputs().posterior_sequence_nll.shape == (B, S)
 
 
+def test_a_detached_posterior_trains_the_router_alone():
+    names = ("posterior_mean", "posterior_logvar", "prior_mean", "prior_logvar")
+    leaves = {name: getattr(outputs(), name).clone().requires_grad_() for name in names}
+    kl = L.PriorKLLoss(detach_posterior=True)(outputs(**leaves))
+    close(kl, L.PriorKLLoss()(outputs()).double())
+    kl.sum().backward()
+    assert [name for name in names if leaves[name].grad is not None] == ["prior_mean", "prior_logvar"]
+
+
 def test_prior_kl_and_its_free_nats_and_budget():
     kl = loop(lambda o, i, n: kl_of(o, i))
     close(L.PriorKLLoss()(outputs()), kl)

@@ -72,6 +72,17 @@ def test_token_weights_get_no_gradient():
     assert source.grad.abs().sum() > 0
 
 
+def test_a_detached_posterior_trains_the_router_alone():
+    values = outputs()
+    q, p = (getattr(values, name).clone().requires_grad_() for name in ("posterior_log_probs", "router_log_probs"))
+    o = outputs(posterior_log_probs=q, router_log_probs=p)
+    kl = L.PriorKLLoss(detach_posterior=True)(o)
+    torch.testing.assert_close(kl, L.PriorKLLoss()(values))
+    kl.sum().backward()
+    assert q.grad is None
+    torch.testing.assert_close(p.grad.double(), -q.detach().exp(), rtol=1e-5, atol=1e-6)
+
+
 def test_prior_kl_entropy_distillation():
     o = outputs()
     kl = loop(o, lambda i, n: sum(a * math.log(a / b) for a, b in zip(q(o, i), p(o, i), strict=True)))
@@ -160,5 +171,11 @@ def test_bad_arguments_and_missing_fields():
 def test_a_loss_remembers_how_it_was_built():
     assert L.PriorKLLoss(0.3, free_nats=0.1).spec() == {
         "class_path": "cvae_lightning.losses.divergence.PriorKLLoss",
-        "init_args": {"weight": 0.3, "free_nats": 0.1, "target_nats": None, "per_dimension": False},
+        "init_args": {
+            "weight": 0.3,
+            "free_nats": 0.1,
+            "target_nats": None,
+            "per_dimension": False,
+            "detach_posterior": False,
+        },
     }
