@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test notebooks lint clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/cvae-lightning quickstart
@@ -10,6 +10,11 @@ quickstart: $(VENV)/.installed
 # OMP_NUM_THREADS=1: forking (the two-process tests) after a multi-threaded matmul hangs.
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Runs them whole, in a kernel; `make test` runs a few steps of each.
+notebooks: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[notebooks]"
+	OMP_NUM_THREADS=1 $(BIN)/python tests/notebooks/run.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

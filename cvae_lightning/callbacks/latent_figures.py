@@ -59,6 +59,7 @@ def latent_scatter(
                 )
         ax.set_title(what, fontsize=10)
         ax.set_xlabel(f"first axis ({share[0]:.0%} of the variance)")
+        ax.locator_params(axis="x", nbins=6)  # or the numbers of small latents run into each other
     left.set_ylabel(f"second axis ({share[1]:.0%})")
     if len(centroids):
         path = (np.stack([np.asarray(c, dtype=float) for c in _same_shape(centroids)]) - centre) @ axes.T  # [E, K, 2]

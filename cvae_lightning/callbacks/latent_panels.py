@@ -167,8 +167,9 @@ class LatentPanels(Callback):
             for s, i in zip(points["strategy"].tolist(), points["index"].tolist(), strict=True)
         ]
         if len(rows):
+            means = points["posterior_mean"]
             writer.add_embedding(
-                points["posterior_mean"],
+                torch.nn.functional.pad(means, (0, max(0, 3 - means.shape[1]))),  # the projector draws nothing in 2-D
                 metadata=rows,
                 metadata_header=["strategy", "record"],
                 global_step=trainer.global_step,

@@ -13,49 +13,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from cvae_lightning.callbacks import figures
+from cvae_lightning.callbacks.dashboard import CONTRIBUTION, FINAL_METRICS, hyperparameter_summaries, layout
 from cvae_lightning.callbacks.epoch_results import contingency, dead_below, logged, metric_result
 from cvae_lightning.callbacks.evaluation import Generation, StrategyEvaluation
-
-CONTRIBUTION = "loss_contrib/fraction_abs/"
-"""Part of a log key before the name of a loss term; its stage is ``train`` or, without one, ``val``."""
-
-FINAL_METRICS = (
-    "val/elbo",
-    "val/rho_recon",
-    "val/marginal_nll",
-    "val/baseline_nll",
-    "val/alignment/one_to_one",
-    "val/alignment/ami",
-    "val/controlled/alignment_one_to_one",
-    "val/controlled/final_answer_accuracy",
-    "val/sampled/final_answer_accuracy",
-    "val/diagnostics/latent_usage_perplexity",
-)
-"""Scalars written beside the hyperparameters when a fit ends, as ``final/<key without val>``."""
-
-LAYOUT = {
-    "objective": {
-        "contribution of each term": ["Multiline", [f"train/{CONTRIBUTION}.*"]],
-        "weights": ["Multiline", ["train/weight/.*"]],
-        "validation": ["Multiline", ["val/elbo", "val/loss"]],
-    },
-    "against the entangled model": {
-        "NLL (nats per token)": ["Multiline", ["val/marginal_nll", "val/baseline_nll"]],
-        "rho_recon": ["Multiline", ["val/rho_recon"]],
-    },
-    "alignment": {
-        "one-to-one": ["Multiline", ["val/alignment/one_to_one", "val/controlled/alignment_.*"]],
-        "information": ["Multiline", ["val/alignment/(ami|nmi|homogeneity)"]],
-        "coverage": ["Multiline", ["val/controlled/local_strategy_.*"]],
-        "final answer": ["Multiline", ["val/(controlled|sampled|greedy)/final_answer_accuracy"]],
-    },
-    "latents": {
-        "usage perplexity": ["Multiline", ["val/diagnostics/latent_usage_perplexity"]],
-        "entropies": ["Multiline", ["val/diagnostics/(posterior|router)_entropy"]],
-        "inter-latent JSD": ["Multiline", ["val/diagnostics/inter_latent_jsd/.*"]],
-    },
-}
-"""Layout of TensorBoard's custom-scalars tab."""
 
 
 class TensorBoardFigures(Callback):
@@ -102,7 +62,7 @@ class TensorBoardFigures(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the custom-scalars layout."""
         if (writer := tensorboard_writer(trainer)) is not None:
-            writer.add_custom_scalars(LAYOUT)
+            writer.add_custom_scalars(layout(bool(getattr(pl_module, "num_latents", 0))))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the seeds of the latents, once; ``on_train_start`` of the module, where they are sown, comes before."""
@@ -133,13 +93,12 @@ class TensorBoardFigures(Callback):
         self._write(trainer, pl_module, "test")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the hyperparameters beside the last value of every final metric."""
-        logger = _logger(trainer)
-        final = {f"final/{key.removeprefix('val/')}": logged(trainer.callback_metrics, key) for key in FINAL_METRICS}
-        final = {key: value for key, value in final.items() if not math.isnan(value)}
-        if logger is not None and final:
-            given = {key: value for key, value in pl_module.hparams.items() if not key.startswith("_")}
-            logger.log_hyperparams(given, final, trainer.global_step)
+        """Write the hyperparameters, and which scalars stand beside them: TensorBoard takes their last value."""
+        writer = tensorboard_writer(trainer)
+        final = [key for key in FINAL_METRICS if not math.isnan(logged(trainer.callback_metrics, key))]
+        if writer is not None and final:
+            for summary in hyperparameter_summaries(pl_module.hparams, final):
+                writer._get_file_writer().add_summary(summary, trainer.global_step)
 
     def _record_contributions(self, trainer: Trainer) -> None:
         metrics = trainer.callback_metrics

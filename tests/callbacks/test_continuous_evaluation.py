@@ -171,6 +171,8 @@ def test_panels_reach_tensorboard(tmp_path):
     metadata = next(tmp_path.rglob("metadata.tsv")).read_text().splitlines()
     assert metadata[0] == "strategy\trecord"
     assert len(metadata) == SIZE + 1
+    points = [line.split("\t") for line in next(tmp_path.rglob("tensors.tsv")).read_text().splitlines()]
+    assert {len(point) for point in points} == {3}  # of a latent with two dimensions
     assert len(panels.centroids) == 2
     fresh = LatentPanels()
     fresh.load_state_dict(panels.state_dict())

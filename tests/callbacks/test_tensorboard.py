@@ -1,3 +1,4 @@
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +9,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
+from cvae_lightning.callbacks.dashboard import layout, readable_hyperparameters
 from cvae_lightning.callbacks.evaluation import Generation, StrategyEvaluation
-from cvae_lightning.callbacks.tensorboard import LAYOUT, TensorBoardFigures, generation_table
+from cvae_lightning.callbacks.tensorboard import TensorBoardFigures, generation_table
 from cvae_lightning.metrics import LatentUsage, StrategyAlignment
 from cvae_lightning.outputs import DiscreteOutputs, PairBatch, Record
 
@@ -28,7 +30,7 @@ class FigureModule(FakeModule):
 
     def __init__(self):
         super().__init__()
-        self.save_hyperparameters({"latents": 2, "losses": {"kl": {"weight": 0.5}}, "_instantiator": "hidden"})
+        self.save_hyperparameters({"num_latents": 2, "losses": {"kl": {"weight": 0.5}}, "_instantiator": "hidden"})
         self.template = FakeTemplate()
         self.usage, self.alignment = LatentUsage(2), StrategyAlignment(2, 2)
         self.to_log = {"rho_recon": 0.5, "alignment/one_to_one": 1.0}
@@ -109,16 +111,33 @@ def test_generations_are_text(run):
     assert text(events, "val/generations/sampled").count("z0") == 4
 
 
+def charts(layout):
+    return {(category, name): tags for category, part in layout.items() for name, (_, tags) in part.items()}
+
+
 def test_layout_is_written(run):
     events, _ = run
     content = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
-    layout = layout_pb2.Layout.FromString(content)
-    assert {category.title for category in layout.category} == set(LAYOUT)
-    tags = [tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag]
-    assert "train/loss_contrib/fraction_abs/.*" in tags
+    found = layout_pb2.Layout.FromString(content)
+    written = {(part.title, chart.title): [*chart.multiline.tag] for part in found.category for chart in part.chart}
+    assert written == charts(layout(discrete=True))
+    assert charts(layout(discrete=False)).keys() ^ written.keys() >= {("latents", "linear probe")}
 
 
-def test_hyperparameters_carry_the_final_metrics(run):
+def test_a_chart_draws_the_tags_that_it_names_and_no_longer_ones():
+    def drawn(chart):  # as TensorBoard matches
+        return {tag for tag in tags if any(re.compile(pattern).match(tag) for pattern in found[chart])}
+
+    found = charts(layout(discrete=True))
+    tags = ["val/loss", "val/loss_contrib/fraction_abs/a", "train/loss_contrib/fraction_abs/a", "val/elbo"]
+    tags += ["val/marginal_nll", "val/marginal_nll_ratio", "val/baseline_nll", "val/controlled/alignment_ceiling"]
+    assert drawn(("objective", "objective")) == {"val/loss"}
+    assert drawn(("objective", "contribution of each term")) == {"train/loss_contrib/fraction_abs/a"}
+    assert drawn(("against the entangled model", "NLL (nats per token)")) == {"val/marginal_nll", "val/baseline_nll"}
+    assert drawn(("alignment", "one-to-one, and its ceiling")) == {"val/controlled/alignment_ceiling"}
+
+
+def test_hyperparameters_stand_beside_the_scalars_that_the_run_logged(run):
     events, _ = run
     plugin = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     start = plugin_data_pb2.HParamsPluginData.FromString(plugin).session_start_info
@@ -126,11 +145,36 @@ def test_hyperparameters_carry_the_final_metrics(run):
     assert "_instantiator" not in start.hparams
     content = events.summary_metadata["_hparams_/experiment"].plugin_data.content
     experiment = plugin_data_pb2.HParamsPluginData.FromString(content).experiment
+    assert [info.name for info in experiment.hparam_infos if info.differs] == ["num_latents"]  # comes first
     metrics = {info.name.tag for info in experiment.metric_infos}
-    assert {"final/rho_recon", "final/alignment/one_to_one", "final/controlled/final_answer_accuracy"} <= metrics
-    assert "hp_metric" not in metrics
-    assert events.Scalars("final/controlled/final_answer_accuracy")[0].value == pytest.approx(7 / 8)
-    assert events.Scalars("final/rho_recon")[0].value == 0.5
+    assert metrics == {
+        "val/rho_recon",
+        "val/alignment/one_to_one",
+        *(f"val/{key}" for key in ("controlled/alignment_one_to_one", "controlled/final_answer_accuracy")),
+        "val/sampled/final_answer_accuracy",
+    }
+    assert metrics <= {*events.Tags()["scalars"]}  # and no scalar is written for this page alone
+    assert events.Scalars("val/controlled/final_answer_accuracy")[-1].value == pytest.approx(7 / 8)
+    assert [event.value for event in events.Scalars("val/rho_recon")] == [0.5, 0.5]
+
+
+def test_hyperparameters_read_like_the_recipe():
+    given = {
+        "_class_path": "hidden",
+        "num_latents": 4,
+        "branch_method": "auto",
+        "seeding": None,
+        "entangled": {"tokenizer": "{" + 500 * "x"},
+        "losses": {
+            "kl": {"class_path": "my_losses.PriorKLLoss", "init_args": {"weight": 0.5}},
+            "off": None,
+        },
+    }
+    assert readable_hyperparameters(given) == {
+        "num_latents": 4,
+        "entangled/tokenizer": "{" + 78 * "x" + "…",
+        "losses/kl/weight": 0.5,
+    }
 
 
 @pytest.mark.parametrize("kind", ["csv", "none"])
