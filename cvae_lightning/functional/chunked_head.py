@@ -7,13 +7,15 @@ With p_k the next-token distribution of latent k at one position, m = mean_k p_k
 
 The gradient at one vocabulary entry needs the logsumexp and KL_k of its position and nothing of the other entries, so
 the backward pass makes the logits again in blocks of the vocabulary. Rows are ordered [K, positions], so the mixture is
-a mean over the first dimension.
+a mean over the first dimension. Hidden states are gathered a few positions at a time: no array of their size is made
+but their gradient.
 Source: recomputation and chunking as in Wijmans et al. 2025 (arXiv 2411.09009); the K-way divergence is added here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -29,46 +31,60 @@ class HeadSettings(NamedTuple):
     softcap: float | None
     budget_bytes: int
     vocab_block: int
+    compile_tiles: bool
 
-    def fits(self, rows: Tensor, weight: Tensor) -> bool:
+    def fits(self, num_rows: int, weight: Tensor) -> bool:
         """Whether ordinary autograd, which holds about four arrays of the size of all logits, stays in the budget."""
-        num_logits = rows.shape[0] * rows.shape[1] * weight.shape[0]
-        return 4 * num_logits * _statistics_dtype(rows).itemsize <= self.budget_bytes
+        return 4 * num_rows * weight.shape[0] * _statistics_dtype(weight).itemsize <= self.budget_bytes
 
-    def positions(self, rows: Tensor, num_logits: int, share: int = 1) -> int:
+    def positions(self, latents: int, num_logits: int, weight: Tensor, share: int = 1) -> int:
         """Number of positions whose logits for all latents fit into 1 / share of the budget, at least 1."""
-        per_position = rows.shape[0] * num_logits * _statistics_dtype(rows).itemsize
-        return min(rows.shape[1], max(1, self.budget_bytes // share // per_position))
+        return max(1, self.budget_bytes // share // (latents * num_logits * _statistics_dtype(weight).itemsize))
+
+    def arithmetic(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return the arithmetic of a tile of logits as it is written, or compiled into one loop."""
+        return compiled(function) if self.compile_tiles else function
 
 
 class ChunkedHead(torch.autograd.Function):
-    """rows [K, N, D], weight [V, D], bias [V] | None, targets [N] -> nll [K, N], jsd [N] | None."""
+    """hidden [K, B, T, D], weight [V, D], bias [V] | None, N targets at (b, t) -> nll [K, N], jsd [N] | None."""
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: HeadSettings
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        b: Tensor,
+        t: Tensor,
+        settings: HeadSettings,
     ) -> tuple[Tensor, Tensor | None]:
         """Keep the logits of a few positions at a time; save one logsumexp and one KL per row."""
-        latents, total, _ = rows.shape
+        latents, total = hidden.shape[0], len(targets)
         blocks = list(_slices(weight.shape[0], settings.vocab_block))
-        size = settings.positions(rows, weight.shape[0])
-        lse, target_logits = rows.new_empty(2, latents, total, dtype=_statistics_dtype(rows))
+        if settings.need_jsd:  # which needs all logits of a position at once
+            kept, size = len(blocks), settings.positions(latents, weight.shape[0], weight)
+        else:
+            kept, size = 1, settings.positions(latents, settings.vocab_block, weight, share=16)
+        size = min(total, size)
+        lse, target_logits = hidden.new_zeros(2, latents, total, dtype=_statistics_dtype(weight))
         divergence = torch.zeros_like(lse)  # KL_k
-        buffer = lse.new_empty(len(blocks), latents * size, min(settings.vocab_block, weight.shape[0]))
+        buffer = lse.new_empty(kept, latents * size, min(settings.vocab_block, weight.shape[0]))
+        log_sum, divergence_of = settings.arithmetic(_log_sum), settings.arithmetic(_divergence)
         for part in _slices(total, size):
-            states, chosen = rows[:, part], targets[part]
-            logits = [_logits(states, weight, bias, block, settings, buffer[i]) for i, block in enumerate(blocks)]
-            lse[:, part] = torch.stack([tile.logsumexp(-1) for tile in logits]).logsumexp(0)
-            target_logits[:, part] = sum(
-                tile.gather(-1, index).squeeze(-1) * inside
-                for tile, (index, inside) in zip(logits, (_within(chosen, b, latents) for b in blocks), strict=True)
-            )
-            if settings.need_jsd:
-                for tile in logits:
-                    log_probs = tile.sub_(lse[:, part, None])
-                    probs = log_probs.exp()
-                    divergence[:, part] += probs.mul_(log_probs.sub_(_log_mixture(probs))).sum(-1)
-        ctx.save_for_backward(rows, weight, bias, targets, lse, divergence)
+            states, chosen = _gather(hidden, b[part], t[part], weight.dtype), targets[part]
+            tiles, sums = [], []
+            for i, block in enumerate(blocks):
+                tile = _logits(states, weight, bias, block, settings, buffer[i % kept])
+                index, inside = _within(chosen, block, latents)
+                target_logits[:, part] += tile.gather(-1, index).squeeze(-1) * inside
+                sums.append(log_sum(tile))
+                tiles.append(tile)
+            lse[:, part] = torch.stack(sums).logsumexp(0)
+            for tile in tiles if settings.need_jsd else ():
+                divergence[:, part] += divergence_of(tile, lse[:, part, None])
+        ctx.save_for_backward(hidden, weight, bias, targets, b, t, lse, divergence)
         ctx.settings = settings
         ctx.set_materialize_grads(False)
         return lse - target_logits, divergence.mean(0) if settings.need_jsd else None
@@ -77,30 +93,28 @@ class ChunkedHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_nll: Tensor | None, grad_jsd: Tensor | None) -> tuple[Tensor | None, ...]:
         """Make the logits again, one block of the vocabulary after the other."""
-        rows, weight, bias, targets, lse, divergence = ctx.saved_tensors
+        hidden, weight, bias, targets, b, t, lse, divergence = ctx.saved_tensors
         settings: HeadSettings = ctx.settings
-        latents = rows.shape[0]
+        latents = hidden.shape[0]
         grad_nll = torch.zeros_like(lse) if grad_nll is None else grad_nll
-        need_rows, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad_rows = torch.zeros_like(rows, dtype=lse.dtype) if need_rows else None
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_weight = torch.empty_like(weight) if need_weight else None
         grad_bias = torch.zeros_like(bias) if need_bias else None
-        size = settings.positions(rows, settings.vocab_block, share=16)
+        size = min(len(targets), settings.positions(latents, settings.vocab_block, weight, share=16))
         buffer = lse.new_empty(latents * size, min(settings.vocab_block, weight.shape[0]))
+        parts = list(_slices(len(targets), size))
+        gradient_of = settings.arithmetic(_gradient)
+        grad_states = [lse.new_empty(latents * len(targets[part]), hidden.shape[-1]) for part in parts if need_hidden]
         for block in _slices(weight.shape[0], settings.vocab_block):
-            block_grad = torch.zeros_like(weight[block], dtype=lse.dtype) if need_weight else None
-            for part in _slices(rows.shape[1], size):
-                states, g_nll = rows[:, part], grad_nll[:, part, None]
+            block_grad = None
+            if grad_weight is not None:  # in place, if it is of the statistics' dtype
+                block_grad = grad_weight[block].to(lse.dtype)
+            for i, part in enumerate(parts):
+                states, g_nll = _gather(hidden, b[part], t[part], weight.dtype), grad_nll[:, part, None]
                 logits = _logits(states, weight, bias, block, settings, buffer)
                 slope = None if settings.softcap is None else 1 - (logits / settings.softcap).square_()
-                log_probs = logits.sub_(lse[:, part, None])
-                grad = log_probs.exp()
-                if grad_jsd is not None:
-                    g_jsd = grad_jsd[part, None] / latents
-                    log_ratio = log_probs.sub_(_log_mixture(grad))
-                    grad *= log_ratio.mul_(g_jsd).add_(g_nll - g_jsd * divergence[:, part, None])
-                else:
-                    grad *= g_nll
+                g_jsd = None if grad_jsd is None else grad_jsd[part, None] / latents
+                grad = gradient_of(logits, lse[:, part, None], divergence[:, part, None], g_nll, g_jsd)
                 index, inside = _within(targets[part], block, latents)
                 grad.scatter_add_(-1, index, -g_nll * inside[..., None])
                 grad = (grad if slope is None else grad.mul_(slope)).flatten(0, 1)  # [K * C, v]
@@ -108,22 +122,38 @@ class ChunkedHead(torch.autograd.Function):
                     grad *= settings.scale
                 if grad_bias is not None:
                     grad_bias[block] += grad.sum(0)
-                grad = grad.to(rows.dtype)
-                if grad_rows is not None:
-                    grad_rows[:, part] += (grad @ weight[block]).view_as(states)
+                grad = grad.to(weight.dtype)
+                if need_hidden:
+                    _add_product(grad_states[i], grad, weight[block], first=block.start == 0)
                 if block_grad is not None:
-                    block_grad += grad.t() @ states.flatten(0, 1)
-            if grad_weight is not None and block_grad is not None:
+                    _add_product(block_grad, grad.t(), states.flatten(0, 1), first=i == 0)
+            if grad_weight is not None and block_grad is not None and grad_weight.dtype != lse.dtype:
                 grad_weight[block] = block_grad
-        return None if grad_rows is None else grad_rows.to(rows.dtype), grad_weight, grad_bias, None, None
+        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
+        if grad_hidden is not None:
+            for part in parts:
+                states_grad = grad_states.pop(0).unflatten(0, (latents, -1))
+                grad_hidden[:, b[part], t[part]] = states_grad.to(hidden.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
-def _statistics_dtype(rows: Tensor) -> torch.dtype:
-    return torch.promote_types(rows.dtype, torch.float32)
+@cache
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the compiled form, for tiles of any size."""
+    return torch.compile(function, dynamic=True)
+
+
+def _statistics_dtype(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def _slices(total: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+    return (slice(start, min(start + size, total)) for start in range(0, total, max(1, size)))
+
+
+def _gather(hidden: Tensor, b: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
+    """[K, C, D] states at C positions (b, t) in the dtype of the products."""
+    return hidden[:, b, t].to(dtype)
 
 
 def _logits(
@@ -143,6 +173,37 @@ def _logits(
     if settings.softcap is not None:
         out.div_(settings.softcap).tanh_().mul_(settings.softcap)
     return out.view(*states.shape[:2], -1)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """Add left @ right to the total, or put it there if it is the first; in place where the dtypes agree."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right, beta=0 if first else 1)
+    elif first:
+        total.copy_(left @ right)
+    else:
+        total += left @ right
+
+
+def _log_sum(logits: Tensor) -> Tensor:
+    return logits.logsumexp(-1)
+
+
+def _divergence(logits: Tensor, lse: Tensor) -> Tensor:
+    """Share of a tile [K, C, v] in KL_k, [K, C]. The tile itself stays: compiled, a change would be one more pass."""
+    log_probs = logits - lse
+    probs = log_probs.exp()
+    return probs.mul_(log_probs.sub_(_log_mixture(probs))).sum(-1)
+
+
+def _gradient(logits: Tensor, lse: Tensor, divergence: Tensor, g_nll: Tensor, g_jsd: Tensor | None) -> Tensor:
+    """dL/dz of a tile but for the term of the target, [K, C, v]; ``g_jsd`` is divided by K already."""
+    log_probs = logits - lse
+    grad = log_probs.exp()
+    if g_jsd is None:
+        return grad.mul_(g_nll)
+    log_ratio = log_probs.sub_(_log_mixture(grad))
+    return grad.mul_(log_ratio.mul_(g_jsd).add_(g_nll - g_jsd * divergence))
 
 
 def _log_mixture(probs: Tensor) -> Tensor:

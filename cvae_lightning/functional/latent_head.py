@@ -1,11 +1,15 @@
 """Token statistics of K latents, from hidden states straight through the language-model head."""
 
+import os
+
 import torch
 from torch import Tensor
 
 from cvae_lightning.functional.chunked_head import ChunkedHead, HeadSettings
 from cvae_lightning.functional.divergences import jensen_shannon_divergence
 from cvae_lightning.functional.precision import at_least_float32
+
+COMPILE_VARIABLE = "CVAE_LIGHTNING_COMPILE_HEAD"
 
 
 def latent_token_stats(
@@ -19,6 +23,7 @@ def latent_token_stats(
     softcap: float | None = None,
     budget_bytes: int | None = None,
     vocab_block: int | None = None,
+    compile_tiles: bool | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """NLL of every target token under every latent, and how far the K next-token distributions differ.
 
@@ -38,6 +43,9 @@ def latent_token_stats(
         softcap: bound of the logits, > 0; None = unbounded.
         budget_bytes: memory for logits; None = 32 MiB, and 512 MiB on an accelerator.
         vocab_block: number of logits per position that are made at a time; None = 1024, and 8192 on an accelerator.
+        compile_tiles: run the arithmetic on a block of logits through `torch.compile`, which on a CPU needs a C++
+            compiler and takes some seconds at the first call; nothing changes where the logits fit into the budget.
+            None = whether the environment has `CVAE_LIGHTNING_COMPILE_HEAD=1`: a matter of the machine, not the model.
 
     Shape:
         hidden: [B, K, T, D]; lm_head_weight: [V, D]; targets: [B, T]; bias: [V] -> token_nll [B, K, T] and
@@ -57,9 +65,8 @@ def latent_token_stats(
         raise ValueError(f"targets must have shape {(batch, length)} to match hidden, got {tuple(targets.shape)}")
     if lm_head_weight.shape[1:] != (width,):
         raise ValueError(f"lm_head_weight must have shape [V, {width}], got {list(lm_head_weight.shape)}")
-    index = (targets >= 0).flatten().nonzero().squeeze(-1)
-    rows = hidden.transpose(0, 1).flatten(1, 2).index_select(1, index)  # [K, N, D]
-    chosen = targets.flatten().index_select(0, index)
+    b, t = (targets >= 0).nonzero(as_tuple=True)  # N scored positions
+    chosen = targets[b, t]
 
     on_cpu = hidden.device.type == "cpu"
     settings = HeadSettings(
@@ -68,19 +75,20 @@ def latent_token_stats(
         softcap=softcap,
         budget_bytes=budget_bytes or (32 << 20 if on_cpu else 512 << 20),
         vocab_block=vocab_block or (1024 if on_cpu else 8192),
+        compile_tiles=os.environ.get(COMPILE_VARIABLE) == "1" if compile_tiles is None else compile_tiles,
     )
-    dtype = _product_dtype(hidden, lm_head_weight)
-    rows, weight = rows.to(dtype), lm_head_weight.to(dtype)
+    states = hidden.transpose(0, 1)  # [K, B, T, D]
+    weight = lm_head_weight.to(_product_dtype(hidden, lm_head_weight))
     bias = None if bias is None else at_least_float32(bias)
     with torch.autocast(hidden.device.type, enabled=False):
-        head = _plain_head if settings.fits(rows, weight) else ChunkedHead.apply
-        nll, jsd = head(rows, weight, bias, chosen, settings)
+        head = _plain_head if settings.fits(latents * len(chosen), weight) else ChunkedHead.apply
+        nll, jsd = head(states, weight, bias, chosen, b, t, settings)
 
-    token_nll = nll.new_zeros(latents, batch * length).index_copy(1, index, nll)
-    token_nll = token_nll.view(latents, batch, length).transpose(0, 1)
+    token_nll = nll.new_zeros(latents, batch, length)
+    token_nll[:, b, t] = nll
     if jsd is not None:
-        jsd = jsd.new_zeros(batch * length).index_copy(0, index, jsd).view(batch, length)
-    return token_nll, jsd
+        jsd = jsd.new_zeros(batch, length).index_put((b, t), jsd)
+    return token_nll.transpose(0, 1), jsd
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -91,9 +99,17 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def _plain_head(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: HeadSettings
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    b: Tensor,
+    t: Tensor,
+    settings: HeadSettings,
 ) -> tuple[Tensor, Tensor | None]:
     """Make all logits at once, under ordinary autograd: quickest where they are few."""
+    index = b * hidden.shape[2] + t
+    rows = hidden.flatten(1, 2).index_select(1, index).to(weight.dtype)  # [K, N, D]
     logits = at_least_float32(rows @ weight.t())
     if bias is not None:
         logits = logits + bias

@@ -6,11 +6,12 @@ import math
 import tempfile
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import matplotlib
 from measure import RESULTS, Figure, extra_megabytes, options, report, seconds
-from setting import Sentences, artifact, build, frozen_costs, plain_step
+from setting import Sentences, artifact, build, frozen_costs, ideal_flops, plain_step
 
 from cvae_lightning.modules import SharedDiscreteCVAE
 
@@ -24,13 +25,14 @@ AXES: dict[str, dict[str, Any]] = {
     "V": {"values": (1000, 4000, 16000, 64000, 152000), "time": 1.05, "memory": None, "chunk": None},
 }
 FIXED = {"K": 4, "T": 64, "V": 8000}
+BATCH, PREFIX, WIDTH, LAYERS = 2, 32, 256, 4
 
 
 def step(folder: str, latents: int, length: int, vocab: int, chunk: int | None) -> Callable[[], None]:
-    """Return a hand-written training step of two examples, baseline known."""
-    source = artifact(folder, "gpt2", 256, 4, vocab)
+    """Return a hand-written training step, baseline known."""
+    source = artifact(folder, "gpt2", WIDTH, LAYERS, vocab)
     module = build(SharedDiscreteCVAE, source, latents, num_latent_chunk=chunk)
-    batch = module.template.collate(Sentences(32, length, 2, vocab).all)
+    batch = module.template.collate(Sentences(PREFIX, length, BATCH, vocab).all)
     costs = frozen_costs(module, batch)
     module._reference.clear()
     return plain_step(module, batch, costs)
@@ -50,25 +52,30 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     given = options(__doc__ or "")
     figures, curves = [], {}
-    for axis, setting in AXES.items():
-        if not axis.startswith(given.only):
-            continue
-        values = setting["values"][:3] if given.quick else setting["values"]
-        times, memories = [], []
-        for value in values:
-            sizes = {**FIXED, axis: value}
-            with tempfile.TemporaryDirectory() as folder:
 
-                def make(folder: str = folder, sizes: dict[str, int] = sizes, chunk: Any = setting["chunk"]) -> Any:
-                    return step(folder, sizes["K"], sizes["T"], sizes["V"], chunk)
+    def make(axis: str, value: int, chunk: int | None) -> Callable[[], None]:
+        sizes = {**FIXED, axis: value}
+        with tempfile.TemporaryDirectory() as folder:
+            return step(folder, sizes["K"], sizes["T"], sizes["V"], chunk)
 
-                memories.append(max(1e-3, extra_megabytes(make)))
-                times.append(seconds({"step": make()}, given.repeat)["step"])
+    chosen = {axis: setting for axis, setting in AXES.items() if axis.startswith(given.only)}
+    values_of = {axis: setting["values"][: 3 if given.quick else None] for axis, setting in chosen.items()}
+    memories_of = {  # before anything is run here: a forked process inherits the holes in the heap
+        axis: [max(1e-3, extra_megabytes(partial(make, axis, value, chosen[axis]["chunk"]))) for value in values]
+        for axis, values in values_of.items()
+    }
+    for axis, setting in chosen.items():
+        values, memories = values_of[axis], memories_of[axis]
+        times = [seconds({"": make(axis, value, setting["chunk"])}, given.repeat)[""] for value in values]
         curves[axis] = (values, times, memories)
         for what, measured, unit in (("time", times, "s"), ("memory", memories, "MB")):
             note = ", ".join(f"{axis}={v}: {m:.3g} {unit}" for v, m in zip(values, measured, strict=True))
             gate = setting[what]
             figures.append(Figure(f"C1 {what} in {axis}, exponent", exponent(values, measured), gate, None, note, True))
+        sizes = [{**FIXED, axis: value} for value in values]
+        work = [ideal_flops(BATCH, PREFIX, s["K"], s["T"], WIDTH, LAYERS, s["V"]) for s in sizes]
+        note = "arithmetic alone, attention included, which is quadratic in T"
+        figures.append(Figure(f"C1 FLOP of the ideal step in {axis}, exponent", exponent(values, work), note=note))
     if given.write:
         draw(curves)
     report("Growth of the training step", figures, given)

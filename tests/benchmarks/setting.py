@@ -23,6 +23,7 @@ from cvae_lightning.backbones.causal_lm import build_causal_lm
 from cvae_lightning.data.base import RecordDataModule
 from cvae_lightning.losses import LossCallback
 from cvae_lightning.modules import SharedDiscreteCVAE
+from cvae_lightning.modules.base import CVAEModule
 from cvae_lightning.outputs import DiscreteOutputs, PairBatch, Record
 from cvae_lightning.template import PromptTemplate
 
@@ -79,7 +80,7 @@ class Sentences(RecordDataModule):
             for i in range(size)
         ]
 
-    def records(self, split: str) -> Sequence[Record]:
+    def given_records(self, split: str) -> Sequence[Record]:
         """Return the same records for every split."""
         return self.all
 
@@ -87,7 +88,7 @@ class Sentences(RecordDataModule):
         """Every split exists."""
         return True
 
-    def fingerprint(self, split: str) -> str:
+    def given_fingerprint(self, split: str) -> str:
         """Return a constant: the data are."""
         return f"benchmark-{split}"
 
@@ -172,7 +173,7 @@ def build(kind: type[SharedDiscreteCVAE], folder: str, latents: int, **options: 
     return kind(folder, losses, num_latents=latents, posterior="amortized", **options).train()
 
 
-def plain_step(module: SharedDiscreteCVAE, batch: PairBatch, baseline: Tensor | None = None) -> Callable[[], None]:
+def plain_step(module: CVAEModule, batch: PairBatch, baseline: Tensor | None = None) -> Callable[[], None]:
     """Return a hand-written training step: outputs, losses, backward, AdamW. A given baseline is not computed."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5, fused=True)
     for parameter in module.parameters():
@@ -191,10 +192,29 @@ def plain_step(module: SharedDiscreteCVAE, batch: PairBatch, baseline: Tensor | 
     return run
 
 
-class Turns(Callback):
-    """Times every training step from the end of the last one, data loading included, and lets others take turns."""
+def ideal_flops(batch: int, prefix: int, latents: int, length: int, width: int, layers: int, vocab: int) -> float:
+    """Return FLOP of the ideal step: 2 per weight and token forward, 4 backward, and the attention scores.
 
-    def __init__(self, clock: Callable[[], float], others: dict[str, Callable[[], None]], warm_up: int) -> None:
+    The prefix is read once, the head sees supervised positions alone and is not recomputed, the baseline is cached; the
+    posterior network is of the model's size.
+    """
+    body, suffix = 12 * width * width * layers, length + 2
+    tokens = prefix + latents * suffix
+    pairs = prefix**2 / 2 + latents * (suffix * prefix + suffix**2 / 2)
+    model = 3 * (2 * body * tokens + 4 * width * layers * pairs)
+    head = 6 * vocab * width * latents * length
+    record = prefix + length
+    posterior = 3 * (2 * body * record + 4 * width * layers * record**2 / 2)
+    return batch * (model + head + posterior)
+
+
+class Turns(Callback):
+    """Times every training step from the end of the last one, data loading included, and lets others take turns.
+
+    A side of another process returns the seconds that it took by its own clock.
+    """
+
+    def __init__(self, clock: Callable[[], float], others: dict[str, Callable[[], Any]], warm_up: int) -> None:
         self.clock, self.others, self.warm_up = clock, others, warm_up
         self.best = dict.fromkeys(("lightning", *others), float("inf"))
         self.steps = 0
@@ -209,17 +229,17 @@ class Turns(Callback):
         self.steps += 1
         for name, other in self.others.items():
             start = self.clock()
-            other()
-            taken[name] = self.clock() - start
+            own = other()
+            taken[name] = self.clock() - start if own is None else own
         if self.steps > self.warm_up:
             self.best = {name: min(self.best[name], taken[name]) for name in taken}
         self._start = self.clock()
 
 
 def through_lightning(
-    module: SharedDiscreteCVAE,
+    module: CVAEModule,
     data: Sentences,
-    others: dict[str, Callable[[], None]],
+    others: dict[str, Callable[[], Any]],
     clock: Callable[[], float],
     repeat: int,
 ) -> dict[str, float]:
