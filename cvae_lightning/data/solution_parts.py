@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_warn
-from tqdm.auto import tqdm
 
 from cvae_lightning.atomic_write import write_text
 from cvae_lightning.data.loader import hash_int
+from cvae_lightning.progress import progress
 
 Draw = Callable[[Sequence[str], int], list[str | None]]
 """(inputs, seed) to the solutions of each input in a row; None for one that did not end."""
@@ -61,7 +61,7 @@ class SolutionParts:
         missing = [number for number, part in enumerate(parts) if part is None]
         done = len(parts) - len(missing)
         title = f"solutions for {self.name}"
-        for number in tqdm(missing, title, initial=done, total=len(parts), disable=None if bar else True, leave=False):
+        for number in progress(missing, title, bar, initial=done, total=len(parts)):
             parts[number] = self._draw(number, draw)
         return [pair for part in parts for pair in part or ()]
 

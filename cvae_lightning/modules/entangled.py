@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from cvae_lightning.backbones.artifact import Baseline, save_artifact
 from cvae_lightning.backbones.causal_lm import (
@@ -27,6 +26,7 @@ from cvae_lightning.metrics import ReconstructionRatio
 from cvae_lightning.modules.language_model import LanguageModule, describe_lm, rebuild_lm
 from cvae_lightning.modules.sharding import is_sharded
 from cvae_lightning.outputs import PairBatch
+from cvae_lightning.progress import progress
 from cvae_lightning.template import PromptTemplate, Text
 
 
@@ -216,9 +216,8 @@ def measure_baseline(module: LanguageModule, lm: Any, loader: Any) -> tuple[floa
     if not loader:
         raise ValueError("c_base is measured on the validation split, and there is none: give the data module one")
     sums = torch.zeros(2, dtype=torch.float64, device=module.device)  # nats, tokens
-    progress = tqdm(loader, desc="measuring the entangled model", disable=module.global_rank != 0, leave=False)
     with evaluating(lm):
-        for batch in progress:
+        for batch in progress(loader, "measuring the entangled model", module.shows_progress):
             batch = batch.to(module.device)
             module.check_positions(batch)
             sums += torch.stack([module.free_token_nll(lm, batch).double().sum(), batch.y_mask.sum().double()])

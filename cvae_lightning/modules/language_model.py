@@ -199,6 +199,12 @@ class LanguageModule(HasSpec, Shardable):
         check_format(checkpoint, "the checkpoint")
 
     @property
+    def shows_progress(self) -> bool:
+        """Whether long work shows a progress bar: on rank zero, unless the trainer has none."""
+        trainer = self._trainer
+        return trainer is None or (trainer.is_global_zero and trainer.progress_bar_callback is not None)
+
+    @property
     def max_new_tokens(self) -> int:
         """Longest y worth generating: a little above the longest that this module has seen."""
         return int(self.longest_y) + 8 if int(self.longest_y) else 256

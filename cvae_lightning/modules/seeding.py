@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from cvae_lightning.backbones.causal_lm import evaluating
 from cvae_lightning.backbones.generation import generate_ids
 from cvae_lightning.backbones.solution_features import solution_features
 from cvae_lightning.modules.solution_clusters import cluster, combine, environments_of
 from cvae_lightning.outputs import Record
+from cvae_lightning.progress import progress
 from cvae_lightning.spec import HasSpec
 from cvae_lightning.template import PromptTemplate
 
@@ -134,7 +134,14 @@ class LatentSeeding(HasSpec):
             centred = {name: self.centre(view) for name, view in features.items()}
             tokens = [ids[mask].tolist() for ids, mask in zip(*module.template.prefixes(xs), strict=True)]
             places = environments_of(self.of_inputs(features), tokens, self.run_seed)
-            found = cluster(combine(centred), module.num_latents, self.num_solutions, self.run_seed, places)
+            found = cluster(
+                combine(centred),
+                module.num_latents,
+                self.num_solutions,
+                self.run_seed,
+                places,
+                bar=module.shows_progress,
+            )
         if found is None:
             rank_zero_warn(
                 "seeding found fewer than K different solutions: the entangled model solves every input in one way, "
@@ -182,7 +189,9 @@ class LatentSeeding(HasSpec):
         branch = torch.tensor([[markers["<y>"]]], device=module.device).expand(self.num_solutions, 1)
         texts: list[str] = []
         with evaluating(reference):
-            for some in progress(xs, max(1, BATCH // self.num_solutions), "seeding: solutions"):
+            size = max(1, BATCH // self.num_solutions)
+            for i in progress(range(0, len(xs), size), "seeding: solutions", module.shows_progress):
+                some = xs[i : i + size]
                 ids, mask = (t.to(module.device) for t in template.prefixes(some))
                 room = (getattr(reference.config, "max_position_embeddings", None) or 2**31) - ids.shape[1] - behind
                 ys = generate_ids(
@@ -206,7 +215,7 @@ class LatentSeeding(HasSpec):
         optimizer = torch.optim.AdamW(parameters, lr=module.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
         source = torch.Generator().manual_seed(self.run_seed)
         template = unlimited(module.template)
-        for _ in progress(range(self.posterior_steps), 1, "seeding: posterior"):
+        for _ in progress(range(self.posterior_steps), "seeding: posterior", module.shows_progress):
             rows = torch.randint(len(solutions), (64,), generator=source).tolist()
             batch = template.collate([solutions[i] for i in rows]).to(module.device)
             loss = nn.functional.nll_loss(module.amortized_posterior(batch), clusters[rows].to(module.device))
@@ -221,9 +230,3 @@ def unlimited(template: PromptTemplate) -> PromptTemplate:
     template = copy(template)
     template.max_length = None
     return template
-
-
-def progress(items: Sequence[Any], size: int, title: str) -> Iterator[Any]:
-    """Yield slices of ``items`` under a progress bar, which vanishes when it is done."""
-    for start in tqdm(range(0, len(items), size), desc=title, leave=False, disable=None):
-        yield items[start : start + size]

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm.auto import tqdm
+
+from cvae_lightning.progress import progress
 
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -59,7 +60,12 @@ def combine(views: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def cluster(
-    views: Mapping[str, Tensor], count: int, group: int, seed: int, environments: Sequence[Labels] = ()
+    views: Mapping[str, Tensor],
+    count: int,
+    group: int,
+    seed: int,
+    environments: Sequence[Labels] = (),
+    bar: bool = True,
 ) -> Clusters | None:
     """Return the division of centred points that tells most, and most simply, about the solution of an input.
 
@@ -77,6 +83,7 @@ def cluster(
         group: M.
         seed: of k-means.
         environments: groups of the inputs, [N] each; none = every eighth input.
+        bar: whether progress bars show the time left.
 
     Returns:
         None where fewer than K points differ.
@@ -87,7 +94,7 @@ def cluster(
     divisions = [
         (information(labels, group), name, labels)
         for name, points in components.items()
-        for labels in k_means(points, count, group, seed, name)
+        for labels in k_means(points, count, group, seed, name, bar)
     ]
     divisions.sort(key=lambda division: -division[0])
     size = len(next(iter(components.values()))) // group
@@ -97,7 +104,7 @@ def cluster(
     ]
     tried: list[Labels] = []
     found: list[tuple[float, str, Labels]] = []
-    for _, view, start in tqdm(divisions[:REFINED], desc="seeding: clusters, refined", leave=False, disable=None):
+    for _, view, start in progress(divisions[:REFINED], "seeding: clusters, refined", bar):
         if repeats(start, tried):
             continue
         tried.append(start)
@@ -151,7 +158,7 @@ def principal(view: Tensor, count: int) -> Floats | None:
     return points.numpy() if len(different) >= count else None
 
 
-def k_means(points: Floats, count: int, group: int, seed: int, name: str) -> Iterator[Labels]:
+def k_means(points: Floats, count: int, group: int, seed: int, name: str, bar: bool) -> Iterator[Labels]:
     """Yield divisions by k-means into K, and into 2K merged to K."""
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
@@ -161,7 +168,7 @@ def k_means(points: Floats, count: int, group: int, seed: int, name: str) -> Ite
     tries = list(product(sizes, (0.25, 0.5, 0.75, 1.0), range(STARTS)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer than 2K different points
-        for size, power, start in tqdm(tries, desc=f"seeding: clusters by {name}", leave=False, disable=None):
+        for size, power, start in progress(tries, f"seeding: clusters by {name}", bar):
             whitened = points[:, :size] / np.maximum(scale[:size], 1e-6 * scale[0]) ** power
             parts = count * (1 + start % 2)
             model = KMeans(min(parts, len(points)), n_init=1, random_state=(seed + start) % 2**32)

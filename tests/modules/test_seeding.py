@@ -70,6 +70,7 @@ class Alone:
     """What seeding and the step read of a trainer of one process."""
 
     is_global_zero = True
+    progress_bar_callback = None
     strategy = SimpleNamespace(broadcast=lambda value: value)
 
     def __init__(self, records=RECORDS, global_step=0):
