@@ -100,6 +100,7 @@ class DiscreteOutputs(_TensorFields):
         c_base: [] mean NLL per token of the entangled model on the validation split; None if unknown.
         baseline_nll: [B, T] -log p_ref(y_t|x,y_<t), detached.
         inter_latent_jsd: [B, T] JSD of the K next-token distributions.
+        seed_shares: [K] shares of the latents among the solutions that seeded them, which sum to 1; None without seeds.
     """
 
     router_log_probs: Tensor
@@ -111,6 +112,7 @@ class DiscreteOutputs(_TensorFields):
     c_base: Tensor | None = None
     baseline_nll: Tensor | None = None
     inter_latent_jsd: Tensor | None = None
+    seed_shares: Tensor | None = None
 
     @property
     def sequence_nll(self) -> Tensor:

@@ -13,6 +13,7 @@ ALLOWED = {
     "outputs": set(),
     "atomic_write": set(),
     "launch": set(),
+    "progress": set(),
     "spec": set(),
     "trust": {"spec"},
     "functional": set(),
@@ -20,9 +21,20 @@ ALLOWED = {
     "backbones": {"atomic_write", "outputs", "template", "functional", "lightning", "transformers"},
     "losses": {"outputs", "functional", "spec"},
     "metrics": {"outputs", "functional", "torchmetrics"},
-    "data": {"atomic_write", "backbones", "template", "outputs", "spec", "lightning"},
+    "data": {"atomic_write", "backbones", "progress", "template", "outputs", "spec", "lightning"},
     "callbacks": {"atomic_write", "metrics", "outputs", "trust", "lightning"},
-    "modules": {"outputs", "spec", "functional", "template", "backbones", "losses", "metrics", "trust", *HEAVY},
+    "modules": {
+        "outputs",
+        "progress",
+        "spec",
+        "functional",
+        "template",
+        "backbones",
+        "losses",
+        "metrics",
+        "trust",
+        *HEAVY,
+    },
 }
 """Rooms of the package, and heavy libraries, that each room may import besides itself."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -15,11 +15,18 @@ from cvae_lightning.outputs import ContinuousOutputs, DiscreteOutputs
 class _MarginalKLLoss(LossCallback):
     of_marginals: ClassVar[bool] = True
 
-    def __init__(self, weight: float = 1.0, prior: list[float] | None = None) -> None:
+    def __init__(self, weight: float = 1.0, prior: list[float] | Literal["seeds"] | None = None) -> None:
         super().__init__(weight)
         self.prior = prior
 
-    def _discrete(self, log_probs: Tensor) -> Tensor:
+    def _discrete(self, log_probs: Tensor, seed_shares: Tensor | None) -> Tensor:
+        if self.prior == "seeds":
+            if seed_shares is None:
+                raise ValueError(
+                    "prior: seeds stands for the shares of the latents among the solutions that seed them, and "
+                    "model.seeding is null: give K probabilities, or null for the uniform prior"
+                )
+            return categorical_router_marginal_kl(log_probs, seed_shares)
         return categorical_router_marginal_kl(log_probs, as_prior(self.prior, log_probs.shape[-1], log_probs))
 
     def _gaussian(self, mean: Tensor, logvar: Tensor) -> Tensor:
@@ -37,7 +44,8 @@ class RouterMarginalKLLoss(_MarginalKLLoss):
 
     Args:
         weight: factor of the term; 0 = diagnostic only.
-        prior: K probabilities; None = uniform. Discrete only.
+        prior: K probabilities; ``seeds`` = the shares of the latents among the entangled model's solutions that seeded
+            them (:class:`LatentSeeding`); None = uniform. Discrete only.
 
     Returns:
         [] nats, fp32.
@@ -46,7 +54,7 @@ class RouterMarginalKLLoss(_MarginalKLLoss):
     def forward(self, outputs: DiscreteOutputs | ContinuousOutputs) -> Tensor:
         """Return the KL, []."""
         if isinstance(outputs, DiscreteOutputs):
-            return self._discrete(outputs.router_log_probs)
+            return self._discrete(outputs.router_log_probs, outputs.seed_shares)
         return self._gaussian(outputs.prior_mean, outputs.prior_logvar)
 
 
@@ -61,7 +69,9 @@ class AggregatePosteriorBalanceLoss(_MarginalKLLoss):
 
     Args:
         weight: factor of the term; 0 = diagnostic only.
-        prior: K probabilities; None = uniform, which is wrong where strategies are known to be skewed.
+        prior: K probabilities; ``seeds`` = the shares of the latents among the entangled model's solutions that seeded
+            them (:class:`LatentSeeding`), an estimate of how often each strategy is used; None = uniform, which is
+            wrong where strategies are known to be skewed.
 
     Returns:
         [] nats, fp32.
@@ -70,5 +80,5 @@ class AggregatePosteriorBalanceLoss(_MarginalKLLoss):
     def forward(self, outputs: DiscreteOutputs | ContinuousOutputs) -> Tensor:
         """Return the KL, []."""
         if isinstance(outputs, DiscreteOutputs):
-            return self._discrete(outputs.posterior_log_probs)
+            return self._discrete(outputs.posterior_log_probs, outputs.seed_shares)
         return self._gaussian(outputs.posterior_mean, outputs.posterior_logvar)

@@ -161,7 +161,9 @@ class SharedDiscreteCVAE(DiscreteUse):
                     "PosteriorDistillationLoss, or set posterior to amortized"
                 )
             self.register_buffer("seeded", torch.tensor(False))
+            self.register_buffer("seed_shares", torch.full((num_latents,), 1 / num_latents))
             self.seeded: Tensor
+            self.seed_shares: Tensor
 
     @property
     def uses_posterior_network(self) -> bool:
@@ -195,6 +197,7 @@ class SharedDiscreteCVAE(DiscreteUse):
             c_base=None if self.c_base is None else token_nll.new_tensor(self.c_base),
             baseline_nll=self.baseline_nll(batch) if "baseline_nll" in fields else None,
             inter_latent_jsd=inter_latent_jsd,
+            seed_shares=None if self.seeding is None else self.seed_shares,
         )
 
     def encode(self, batch: PairBatch) -> BranchOutput:
@@ -260,15 +263,21 @@ class SharedDiscreteCVAE(DiscreteUse):
     def on_train_start(self) -> None:
         """Let the seeding say where the latents start, before the first step, unless a checkpoint has said it."""
         if self.seeding is not None and self.global_step == 0 and not bool(self.seeded):
-            self.seeded.fill_(self.seeding.start(self))
+            shares = self.seeding.start(self)
+            if shares is not None:
+                self.seeded.fill_(True)
+                self.seed_shares.copy_(shares)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load what was trained with a seeding where the config has none, and the other way round."""
         super().on_load_checkpoint(checkpoint)
-        if self.seeding is None:
-            checkpoint.get("state_dict", {}).pop("seeded", None)  # a strategy that divides the model has it loaded
-        else:
-            checkpoint.get("state_dict", {}).setdefault("seeded", torch.tensor(False))
+        state = checkpoint.get("state_dict", {})
+        unseeded = {"seeded": torch.tensor(False), "seed_shares": torch.full((self.num_latents,), 1 / self.num_latents)}
+        for name, value in unseeded.items():
+            if self.seeding is None:
+                state.pop(name, None)  # a strategy that divides the model has it loaded
+            else:
+                state.setdefault(name, value)
 
     # Metrics.
 
@@ -294,7 +303,8 @@ class SharedDiscreteCVAE(DiscreteUse):
         router, posterior = (usage[f"aggregate_{part}"].float().log()[None] for part in ("router", "posterior"))
         none = router.new_zeros(1, self.num_latents, 0)
         temperature = router.new_tensor(self.posterior_temperature)
-        return DiscreteOutputs(router, posterior, none, none[:, 0].bool(), temperature)
+        seed_shares = None if self.seeding is None else self.seed_shares
+        return DiscreteOutputs(router, posterior, none, none[:, 0].bool(), temperature, seed_shares=seed_shares)
 
     def compute_metrics(self) -> dict[str, Tensor]:
         """Return the metrics of the split by log key."""

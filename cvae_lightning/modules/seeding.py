@@ -91,8 +91,11 @@ class LatentSeeding(HasSpec):
         """Return the share of the seeded posterior in the one that weighs the objective: 1, then falling to 0."""
         return max(0.0, min(1.0, 2 * (1 - step / self.hold_steps)))
 
-    def start(self, module: SharedDiscreteCVAE) -> bool:
-        """Seed on rank zero and give every rank the result; return whether there are seeds.
+    def start(self, module: SharedDiscreteCVAE) -> Tensor | None:
+        """Seed on rank zero and give every rank the result.
+
+        Returns:
+            [K] shares of the latents among the solutions, with one more for each latent; None where there are no seeds.
 
         Raises:
             ValueError: if the data module has no records to take inputs from, or the entangled model is not at hand.
@@ -104,20 +107,20 @@ class LatentSeeding(HasSpec):
                 "seeding lets the entangled model solve inputs, but this module was restored from a checkpoint alone: "
                 "give model.entangled as a folder or hub name, or set model.seeding to null"
             )
-        found = False
+        shares = None
         if module.trainer.is_global_zero:
             devices = [module.device] if module.device.type == "cuda" else []
             with torch.random.fork_rng(devices):
                 torch.manual_seed(self.run_seed)
-                found = self.seed_posterior(module)
+                shares = self.seed_posterior(module)
         network = module.posterior_network
         state = {name: value.cpu() for name, value in network.state_dict().items()}
-        found, state = module.trainer.strategy.broadcast((found, state))
+        shares, state = module.trainer.strategy.broadcast((shares, state))
         network.load_state_dict(state)
-        return found
+        return shares
 
-    def seed_posterior(self, module: SharedDiscreteCVAE) -> bool:
-        """Teach the posterior network the clusters; return False where all solutions of an input are alike.
+    def seed_posterior(self, module: SharedDiscreteCVAE) -> Tensor | None:
+        """Teach the posterior network the clusters; return their shares, None where an input has one solution only.
 
         Raises:
             ValueError: if a record is longer than the model can read.
@@ -147,15 +150,16 @@ class LatentSeeding(HasSpec):
                 "seeding found fewer than K different solutions: the entangled model solves every input in one way, "
                 "or the solutions were cut off. Training starts without seeds."
             )
-            return False
+            return None
         self.clusters, self.points = found.labels, found.points
-        sizes = torch.bincount(self.clusters, minlength=module.num_latents).tolist()
+        sizes = torch.bincount(self.clusters, minlength=module.num_latents)
+        shown = ", ".join(map(str, sizes.tolist()))
         rank_zero_info(
-            f"seeding: {len(solutions)} solutions in clusters of {', '.join(map(str, sizes))} by {found.view}; "
+            f"seeding: {len(solutions)} solutions in clusters of {shown} by {found.view}; "
             f"they tell {found.information:.3f} nats about y given x"
         )
         self.teach(module, solutions, self.clusters)
-        return True
+        return (sizes + 1) / (sizes + 1).sum()  # one more in each, so that none is zero
 
     def centre(self, features: Tensor) -> Tensor:
         """Return features [N * M, layers, D] less their mean over the M solutions of an input, [N * M, layers * D].

@@ -162,6 +162,12 @@ def test_bad_arguments_and_missing_fields():
         L.RouterSupportLoss(floor=1.5)
     with pytest.raises(ValueError, match="prior must hold 4"):
         L.RouterMarginalKLLoss(prior=[0.5, 0.5])(outputs())
+    shares = [0.4, 0.3, 0.2, 0.1]
+    seeded = outputs(seed_shares=torch.tensor(shares))
+    for loss in (L.RouterMarginalKLLoss, L.AggregatePosteriorBalanceLoss):
+        assert float(loss(prior="seeds")(seeded)) == pytest.approx(float(loss(prior=shares)(outputs())), rel=1e-6)
+        with pytest.raises(ValueError, match="model.seeding is null"):
+            loss(prior="seeds")(outputs())
     with pytest.raises(ValueError, match=r"baseline_nll.*baseline\.json"):
         L.TokenWeightedReconstructionLoss()(outputs(baseline_nll=None))
     with pytest.raises(ValueError, match="c_base"):

@@ -81,7 +81,7 @@ def start(model, *args):
     """Seed a model that no Trainer trains; return whether there are seeds."""
     model._trainer = Alone(*args)
     model.train()
-    model.seeded.fill_(model.seeding.start(model))
+    model.on_train_start()
     return bool(model.seeded)
 
 
@@ -379,8 +379,10 @@ def test_the_posterior_learns_the_clusters_and_nothing_else_changes(artifact, mo
     assert start(model)
     assert torch.equal(torch.get_rng_state(), rng)
     names = changed(before, model.state_dict())
-    assert names >= {f"{POSTERIOR}project.weight", "seeded"}
-    assert all(name.startswith(POSTERIOR) or name == "seeded" for name in names)
+    assert names >= {f"{POSTERIOR}project.weight", "seeded", "seed_shares"}
+    assert all(name.startswith(POSTERIOR) or name in ("seeded", "seed_shares") for name in names)
+    sizes = torch.bincount(model.seeding.clusters, minlength=K)
+    torch.testing.assert_close(model.seed_shares, (sizes + 1) / (sizes + 1).sum())
     assert taught[1] > max(0.9, taught[0] + 0.2)
     assert model.seeding.points.shape == (30, 2)
     assert model.seeding.clusters.unique().tolist() == list(range(K))
@@ -515,7 +517,7 @@ def test_checkpoints_and_configs_may_differ_in_their_seeding(artifact, tmp_path)
         saved = torch.load(path, weights_only=True)["state_dict"]
         weights = model.state_dict()
         assert all(torch.equal(weights[name], saved[name]) for name in saved.keys() & weights.keys())
-        assert saved.keys() ^ weights.keys() == {"seeded"}
+        assert saved.keys() ^ weights.keys() == {"seeded", "seed_shares"}
         assert second is None or not model.seeded
         model = build(artifact, second)
         fit(model, tmp_path, max_steps=3, ckpt_path=path)
