@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import select
 import signal
 import sys
 from collections.abc import Sequence
@@ -42,7 +43,9 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if args is None else args)
     try:
-        return _run(words)
+        code = _run(words)
+        sys.stdout.flush()
+        return code
     except SystemExit as stop:
         if type(stop).__name__ == "SIGTERMException":  # Lightning's; its code says success
             return 128 + signal.SIGTERM
@@ -50,12 +53,24 @@ def main(args: Sequence[str] | None = None) -> int:
             return stop.code or 0
         raise
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 128 + signal.SIGPIPE
         with said_once(f"{type(error).__name__}: {error}") as first:  # the other processes of the launch meet it too
             if first and (os.environ.get("CVAE_LIGHTNING_TRACEBACK") == "1" or not _is_user_error(error)):
                 raise
             if first:
                 print(f"cvae-lightning: error: {_message(error)}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, argparse.ArgumentError) else 1
+
+
+def _nobody_reads() -> bool:
+    """Return whether the reader of stdout is gone, as `head` is when it has its lines; if so, drop what is left."""
+    output = select.poll()
+    output.register(sys.stdout, 0)
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _run(words: list[str]) -> int:

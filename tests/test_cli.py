@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -276,3 +277,12 @@ def test_a_users_own_loss_file_works_from_the_working_folder(here):
     assert "litlogger" not in done.stderr
     saved = torch.load(here / "out/checkpoints/last.ckpt", weights_only=True)["hyper_parameters"]["losses"]["mine"]
     assert saved == {"class_path": "my_loss.Mine", "init_args": {"weight": 0.75, "bonus": 2.5}}
+
+
+def test_a_reader_who_has_seen_enough_meets_no_error():
+    """As ``cvae-lightning recipes | head`` does."""
+    command = [sys.executable, "-m", "cvae_lightning.cli", "recipes"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (128 + signal.SIGPIPE, "")

@@ -166,7 +166,7 @@ def test_bad_arguments_and_missing_fields():
     seeded = outputs(seed_shares=torch.tensor(shares))
     for loss in (L.RouterMarginalKLLoss, L.AggregatePosteriorBalanceLoss):
         assert float(loss(prior="seeds")(seeded)) == pytest.approx(float(loss(prior=shares)(outputs())), rel=1e-6)
-        with pytest.raises(ValueError, match="model.seeding is null"):
+        with pytest.raises(ValueError, match=r"model\.seeding is null"):
             loss(prior="seeds")(outputs())
     with pytest.raises(ValueError, match=r"baseline_nll.*baseline\.json"):
         L.TokenWeightedReconstructionLoss()(outputs(baseline_nll=None))
