@@ -63,7 +63,16 @@ class LanguageModule(HasSpec, Shardable):
             self.save_hyperparameters()
 
     def configure_optimizers(self) -> Any:
-        """AdamW with linear warm-up and cosine decay, both in optimizer steps; stateless in the step."""
+        """AdamW with linear warm-up and cosine decay, both in optimizer steps; stateless in the step.
+
+        Raises:
+            ValueError: if the whole module was compiled.
+        """
+        if self._compiler_ctx is not None:
+            raise ValueError(
+                "torch.compile cannot follow a step that logs: give the trainer the module itself, and compile "
+                "its transformer in place: model.lm.get_decoder().compile(dynamic=True)"
+            )
         parameters = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.weight_decay},

@@ -150,6 +150,26 @@ def test_gradient_checkpointing_gives_the_same_gradients(artifact, adaptation, r
     torch.testing.assert_close(grads[1], grads[0], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # by the compiler
+@pytest.mark.parametrize("adaptation", ["full", *ADAPTATIONS])
+def test_a_compiled_language_model_trains_the_same(artifact, tmp_path, adaptation):
+    trained = []
+    for compiled in (False, True):
+        model = build(artifact, adaptation)
+        if compiled:
+            torch.compiler.reset()
+            model.lm.get_decoder().compile(backend="eager", dynamic=True)
+        trainer = fit(model, tmp_path, epochs=1)
+        trained.append(dict(model.named_parameters()))
+    assert trainer.global_step
+    torch.testing.assert_close(trained[1], trained[0], atol=1e-5, rtol=1e-4)
+
+
+def test_compiling_the_whole_module_is_refused(artifact, tmp_path):
+    with pytest.raises(ValueError, match=r"get_decoder\(\)\.compile"):
+        fit(torch.compile(build(artifact, "frozen"), backend="eager"), tmp_path)
+
+
 def test_gradient_checkpointing_with_norms_is_refused(artifact):
     model = build(artifact, "frozen", "tokens and norms").train()
     model.lm.activation_checkpointing_enable()
