@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import copy
-from itertools import islice
+from dataclasses import replace
+from itertools import cycle, islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -129,8 +130,8 @@ class LatentSeeding(HasSpec):
         every = (records[i] for i in range(len(records)))
         given = list(islice((r for r in every if not module.template.overflows([r])[0]), self.num_inputs))
         module.check_positions(module.template.collate(given))
-        xs = list(dict.fromkeys(record.x for record in given))
-        solutions = self.solve(module, xs, given)
+        solutions = self.solve(module, list(dict.fromkeys(record.x for record in given)), given)
+        xs = list(dict.fromkeys(solution.x for solution in solutions))
         found = None
         if len({(solution.x, solution.y) for solution in solutions}) > len(xs):
             features = solution_features(module.reference(), unlimited(module.template), solutions, BATCH // 2)
@@ -181,9 +182,14 @@ class LatentSeeding(HasSpec):
         return torch.cat([(v / scale).flatten(1) for v, scale in zip(varying, scales, strict=True)], -1)
 
     def solve(self, module: SharedDiscreteCVAE, xs: Sequence[str], given: Sequence[Record]) -> list[Record]:
-        """Return ``num_solutions`` solutions of each x in a row, drawn from the entangled model."""
+        """Return ``num_solutions`` solutions of each x in a row, drawn from the entangled model.
+
+        A text may take more tokens than it was drawn in. One that the model cannot read any more gives way to another
+        solution of the same x; an x without any is left out.
+        """
         template, reference = module.template, module.reference()
-        longest = max(len(y) for _, y in template.segments(given))
+        longest_y = max(len(y) for _, y in template.segments(given))
+        longest = getattr(reference.config, "max_position_embeddings", None) or 2**31
         generator = torch.Generator(module.device).manual_seed(self.run_seed)
         markers = template.marker_ids
         rows = reference.get_output_embeddings().weight.shape[0]  # a padded table has some for the latents too
@@ -197,21 +203,27 @@ class LatentSeeding(HasSpec):
             for i in progress(range(0, len(xs), size), "seeding: solutions", module.shows_progress):
                 some = xs[i : i + size]
                 ids, mask = (t.to(module.device) for t in template.prefixes(some))
-                room = (getattr(reference.config, "max_position_embeddings", None) or 2**31) - ids.shape[1] - behind
+                room = longest - ids.shape[1] - behind
                 ys = generate_ids(
                     reference,
                     ids,
                     mask,
                     template.end_id,
-                    max(1, min(longest + 8, room)),
+                    max(1, min(longest_y + 8, room)),
                     do_sample=True,
                     generator=generator,
                     banned=banned,
                     branches=branch,
                 )
                 texts += template.decode(ys.cpu())
-        repeated = (x for x in xs for _ in range(self.num_solutions))
-        return [Record(x, y, index=i) for i, (x, y) in enumerate(zip(repeated, texts, strict=True))]
+        kept: list[Record] = []
+        for n, x in enumerate(xs):
+            drawn = [Record(x, y) for y in texts[n * self.num_solutions : (n + 1) * self.num_solutions]]
+            fits = [len(prefix) + 1 + len(y) <= longest for prefix, y in template.segments(drawn)]
+            readable = [record for record, fit in zip(drawn, fits, strict=True) if fit]
+            others = cycle(readable)
+            kept += [record if fit else next(others) for record, fit in zip(drawn, fits, strict=True) if readable]
+        return [replace(record, index=i) for i, record in enumerate(kept)]
 
     def teach(self, module: SharedDiscreteCVAE, solutions: Sequence[Record], clusters: Tensor) -> None:
         """Fit the posterior network to the clusters by cross-entropy."""

@@ -335,6 +335,23 @@ def test_solutions_fit_the_positions_of_the_model(tmp_path):
     assert all(view.isfinite().all() for view in views.values())
 
 
+def test_solutions_that_became_too_long_to_be_read_give_way(artifact, monkeypatch):
+    """As with a tokenizer that writes a text of its own in more tokens than it was generated in."""
+    decode, too_long = PromptTemplate.decode, {0, 3, *range(6, 12)}  # two of the first input's, all of the second's
+
+    def longer(template, ids):
+        return ["1" * 70 if i in too_long else text for i, text in enumerate(decode(template, ids))]
+
+    model, seeding = build(artifact), small(num_solutions=6)
+    whole = seeding.solve(model, XS[:3], RECORDS)
+    monkeypatch.setattr(PromptTemplate, "decode", longer)
+    found = seeding.solve(model, XS[:3], RECORDS)
+    assert [r.x for r in found] == [x for x in (XS[0], XS[2]) for _ in range(6)]
+    assert [r.index for r in found] == list(range(12))
+    ys = [r.y for r in whole]
+    assert [r.y for r in found] == [ys[1], ys[1], ys[2], ys[2], ys[4], ys[5], *ys[12:]]
+
+
 def test_solutions_may_be_longer_than_records(artifact):
     model = build(artifact, small(), max_length=model_length(RECORDS))
     assert start(model)
