@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from cvae_lightning.backbones.adaptation import merged
 from cvae_lightning.callbacks.report import table
 from cvae_lightning.export.folder import LATENT_FILES, is_plain
 from cvae_lightning.export.usage import load_usage, plain_usage, prompt
@@ -58,7 +59,7 @@ def card(
     parts = [
         f"---\nlibrary_name: {library}\npipeline_tag: text-generation\ntags: [cvae_lightning, {kind}-latent]\n---",
         f"# {name}",
-        _introduction(module),
+        introduction(module),
         *([f"> **Note** {caution}"] if caution else []),
         "## How to prompt it",
         prompt(module),
@@ -79,8 +80,10 @@ def card(
     return "\n\n".join(parts) + "\n"
 
 
-def _introduction(module: SharedDiscreteCVAE | ContinuousCVAE) -> str:
-    size = sum(parameter.numel() for parameter in module.lm.parameters())
+def introduction(module: SharedDiscreteCVAE | ContinuousCVAE) -> str:
+    """Return what kind of model it is, in a sentence or two."""
+    plain = module.lm if module.adaptation == "full" else merged(module.lm)
+    size = sum(parameter.numel() for parameter in plain.parameters())
     family = f"A `{type(module.lm).__name__}` of {size:,} parameters"
     if isinstance(module, SharedDiscreteCVAE):
         return (

@@ -14,6 +14,7 @@ from cvae_lightning.backbones.causal_lm import build_causal_lm, head_of, load_ca
 from cvae_lightning.backbones.tokenizer import build_tokenizer
 from cvae_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from cvae_lightning.export import folder as folder_
+from cvae_lightning.export.card import introduction
 from cvae_lightning.export.loading import load_export
 from cvae_lightning.export.restore import restore
 from cvae_lightning.modules import ContinuousCVAE, LoRA, SharedDiscreteCVAE
@@ -302,6 +303,7 @@ def test_an_export_has_the_logits_of_the_checkpoint(trained, tmp_path):
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
         torch.testing.assert_close(plain(ids).logits, model.lm(ids).logits, atol=1e-4, rtol=1e-4)
+    assert f"of {plain.num_parameters():,} parameters" in introduction(model)
     loaded = load_export(tmp_path / "out")
     assert loaded.adaptation == "full"
     torch.testing.assert_close(said(loaded), said(model), atol=1e-4, rtol=1e-4)
