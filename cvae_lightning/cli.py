@@ -43,15 +43,10 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if args is None else args)
     try:
-        code = _run(words)
-        sys.stdout.flush()
+        code = _exit_code(words)
+        if sys.stdout is not None:  # it is None where it was closed
+            sys.stdout.flush()
         return code
-    except SystemExit as stop:
-        if type(stop).__name__ == "SIGTERMException":  # Lightning's; its code says success
-            return 128 + signal.SIGTERM
-        if stop.code is None or isinstance(stop.code, int):
-            return stop.code or 0
-        raise
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return 128 + signal.SIGPIPE
@@ -61,6 +56,17 @@ def main(args: Sequence[str] | None = None) -> int:
             if first:
                 print(f"cvae-lightning: error: {_message(error)}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, argparse.ArgumentError) else 1
+
+
+def _exit_code(words: list[str]) -> int:
+    try:
+        return _run(words)
+    except SystemExit as stop:
+        if type(stop).__name__ == "SIGTERMException":  # Lightning's; its code says success
+            return 128 + signal.SIGTERM
+        if stop.code is None or isinstance(stop.code, int):
+            return stop.code or 0
+        raise
 
 
 def _nobody_reads() -> bool:

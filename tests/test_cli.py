@@ -279,10 +279,17 @@ def test_a_users_own_loss_file_works_from_the_working_folder(here):
     assert saved == {"class_path": "my_loss.Mine", "init_args": {"weight": 0.75, "bonus": 2.5}}
 
 
-def test_a_reader_who_has_seen_enough_meets_no_error():
+@pytest.mark.parametrize("words", [["recipes"], ["export", "--help"]])
+def test_a_reader_who_has_seen_enough_meets_no_error(words, monkeypatch):
     """As ``cvae-lightning recipes | head`` does."""
-    command = [sys.executable, "-m", "cvae_lightning.cli", "recipes"]
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # what is left is written at the end
+    command = [sys.executable, "-m", "cvae_lightning.cli", *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         said = process.stderr.read()
     assert (process.returncode, said) == (128 + signal.SIGPIPE, "")
+
+
+def test_no_stdout_is_no_error():
+    done = subprocess.run(f"exec {sys.executable} -m cvae_lightning.cli recipes >&-", shell=True, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")

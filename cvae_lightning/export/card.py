@@ -8,7 +8,6 @@ from typing import Any
 
 import yaml
 
-from cvae_lightning.backbones.adaptation import merged
 from cvae_lightning.callbacks.report import table
 from cvae_lightning.export.folder import LATENT_FILES, is_plain
 from cvae_lightning.export.usage import load_usage, plain_usage, prompt
@@ -36,6 +35,7 @@ def warning(module: SharedDiscreteCVAE | ContinuousCVAE, kind: str) -> str | Non
 def card(
     module: SharedDiscreteCVAE | ContinuousCVAE,
     kind: str,
+    size: int,
     name: str,
     config: Mapping[str, Any],
     steps: int,
@@ -47,6 +47,7 @@ def card(
     Args:
         module: the model.
         kind: ``discrete`` or ``continuous``.
+        size: parameters of its language model.
         name: title.
         config: hyperparameters of the training.
         steps: optimizer steps of the training.
@@ -59,7 +60,7 @@ def card(
     parts = [
         f"---\nlibrary_name: {library}\npipeline_tag: text-generation\ntags: [cvae_lightning, {kind}-latent]\n---",
         f"# {name}",
-        introduction(module),
+        _introduction(module, size),
         *([f"> **Note** {caution}"] if caution else []),
         "## How to prompt it",
         prompt(module),
@@ -80,10 +81,7 @@ def card(
     return "\n\n".join(parts) + "\n"
 
 
-def introduction(module: SharedDiscreteCVAE | ContinuousCVAE) -> str:
-    """Return what kind of model it is, in a sentence or two."""
-    plain = module.lm if module.adaptation == "full" else merged(module.lm)
-    size = sum(parameter.numel() for parameter in plain.parameters())
+def _introduction(module: SharedDiscreteCVAE | ContinuousCVAE, size: int) -> str:
     family = f"A `{type(module.lm).__name__}` of {size:,} parameters"
     if isinstance(module, SharedDiscreteCVAE):
         return (

@@ -36,9 +36,9 @@ def export(args: Sequence[str]) -> int:
                 raise
             notes.append(f"the card has no sample outputs: {error}")
     with folder.whole_folder(target, given.force) as new:
-        folder.write_model(new, module, found.kind, given.posterior)
+        size = folder.write_model(new, module, found.kind, given.posterior)
         name = target.absolute().name
-        text = card.card(module, found.kind, name, found.config, found.steps, summary, outputs)
+        text = card.card(module, found.kind, size, name, found.config, found.steps, summary, outputs)
         (new / "README.md").write_text(text, encoding="utf-8")
     for note in notes:
         print(f"note: {note}")

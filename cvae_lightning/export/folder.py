@@ -49,7 +49,7 @@ def latent_weights(module: SharedDiscreteCVAE | ContinuousCVAE) -> dict[str, Ten
     return {name: value for name, value in module.state_dict().items() if name.startswith(LATENT_PARTS)}
 
 
-def write_model(folder: Path, module: SharedDiscreteCVAE | ContinuousCVAE, kind: str, posterior: bool = False) -> None:
+def write_model(folder: Path, module: SharedDiscreteCVAE | ContinuousCVAE, kind: str, posterior: bool = False) -> int:
     """Write the model into an empty folder.
 
     Args:
@@ -57,6 +57,9 @@ def write_model(folder: Path, module: SharedDiscreteCVAE | ContinuousCVAE, kind:
         module: the model; it is left as it is.
         kind: ``discrete`` or ``continuous``.
         posterior: also write the posterior network, which is as large as the language model.
+
+    Returns:
+        Number of parameters of its language model.
 
     Raises:
         ValueError: if the posterior network is asked for and was never trained.
@@ -95,6 +98,7 @@ def write_model(folder: Path, module: SharedDiscreteCVAE | ContinuousCVAE, kind:
         folder / EXPORT_FILE,
         {"format": FORMAT, "kind": kind, "arguments": arguments, "longest_y": int(module.longest_y), "files": files},
     )
+    return sum(parameter.numel() for parameter in plain.parameters())
 
 
 def plain_tokenizer(tokenizer: Any, pad_id: int) -> Any:

@@ -7,8 +7,8 @@ With p_k the next-token distribution of latent k at one position, m = mean_k p_k
 
 The gradient at one vocabulary entry needs the logsumexp and KL_k of its position and nothing of the other entries, so
 the backward pass makes the logits again in blocks of the vocabulary. Rows are ordered [K, positions], so the mixture is
-a mean over the first dimension. Hidden states are gathered a few positions at a time: no array of their size is made
-but their gradient.
+a mean over the first dimension. Hidden states are gathered a few positions at a time: no copy of them is made, but
+their gradient is collected in the precision of the statistics first.
 Source: recomputation and chunking as in Wijmans et al. 2025 (arXiv 2411.09009); the K-way divergence is added here.
 """
 
@@ -47,7 +47,7 @@ class HeadSettings(NamedTuple):
 
 
 class ChunkedHead(torch.autograd.Function):
-    """hidden [K, B, T, D], weight [V, D], bias [V] | None, N targets at (b, t) -> nll [K, N], jsd [N] | None."""
+    """hidden [K, B, T, D], weight [V, D], bias [V] | None, N > 0 targets at (b, t) -> nll [K, N], jsd [N] | None."""
 
     @staticmethod
     def forward(
@@ -139,7 +139,7 @@ class ChunkedHead(torch.autograd.Function):
 
 @cache
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return the compiled form, for tiles of any size."""
+    """Return the compiled form, for tiles of any size; another kind of call (K = 1, inference mode) compiles anew."""
     return torch.compile(function, dynamic=True)
 
 
@@ -148,7 +148,7 @@ def _statistics_dtype(weight: Tensor) -> torch.dtype:
 
 
 def _slices(total: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, total)) for start in range(0, total, max(1, size)))
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 
 def _gather(hidden: Tensor, b: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -161,7 +161,8 @@ def _logits(
 ) -> Tensor:
     """[K, C, v] logits of the states [K, C, D] for one block of the vocabulary, written into the buffer."""
     flat = states.flatten(0, 1)
-    out = buffer[: flat.shape[0], : block.stop - block.start]
+    shape = flat.shape[0], block.stop - block.start
+    out = buffer.view(-1)[: shape[0] * shape[1]].view(shape)  # contiguous: one compiled loop for every block
     if flat.dtype == out.dtype:
         torch.mm(flat, weight[block].t(), out=out)
     else:

@@ -44,7 +44,8 @@ def latent_token_stats(
         budget_bytes: memory for logits; None = 32 MiB, and 512 MiB on an accelerator.
         vocab_block: number of logits per position that are made at a time; None = 1024, and 8192 on an accelerator.
         compile_tiles: run the arithmetic on a block of logits through `torch.compile`, which on a CPU needs a C++
-            compiler and takes some seconds at the first call; nothing changes where the logits fit into the budget.
+            compiler and takes some seconds at the first call of every kind (training, evaluation, K = 1, ...), of which
+            torch allows `torch._dynamo.config.recompile_limit`; nothing changes where the logits fit into the budget.
             None = whether the environment has `CVAE_LIGHTNING_COMPILE_HEAD=1`: a matter of the machine, not the model.
 
     Shape:

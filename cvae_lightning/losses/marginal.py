@@ -45,7 +45,7 @@ class RouterMarginalKLLoss(_MarginalKLLoss):
     Args:
         weight: factor of the term; 0 = diagnostic only.
         prior: K probabilities; ``seeds`` = the shares of the latents among the entangled model's solutions that seeded
-            them (:class:`LatentSeeding`); None = uniform. Discrete only.
+            them (:class:`LatentSeeding`; uniform until there are seeds); None = uniform. Discrete only.
 
     Returns:
         [] nats, fp32.
@@ -70,8 +70,8 @@ class AggregatePosteriorBalanceLoss(_MarginalKLLoss):
     Args:
         weight: factor of the term; 0 = diagnostic only.
         prior: K probabilities; ``seeds`` = the shares of the latents among the entangled model's solutions that seeded
-            them (:class:`LatentSeeding`), an estimate of how often each strategy is used; None = uniform, which is
-            wrong where strategies are known to be skewed.
+            them (:class:`LatentSeeding`; uniform until there are seeds), an estimate of how often each strategy is
+            used; None = uniform, which is wrong where strategies are known to be skewed.
 
     Returns:
         [] nats, fp32.

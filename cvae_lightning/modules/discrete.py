@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from cvae_lightning.backbones.adaptation import Adaptation, scatter_rows
@@ -161,9 +162,9 @@ class SharedDiscreteCVAE(DiscreteUse):
                     "PosteriorDistillationLoss, or set posterior to amortized"
                 )
             self.register_buffer("seeded", torch.tensor(False))
-            self.register_buffer("seed_shares", torch.full((num_latents,), 1 / num_latents))
+            self.register_buffer("seed_counts", torch.zeros(num_latents, dtype=torch.int64))  # precision keeps integers
             self.seeded: Tensor
-            self.seed_shares: Tensor
+            self.seed_counts: Tensor
 
     @property
     def uses_posterior_network(self) -> bool:
@@ -197,7 +198,7 @@ class SharedDiscreteCVAE(DiscreteUse):
             c_base=None if self.c_base is None else token_nll.new_tensor(self.c_base),
             baseline_nll=self.baseline_nll(batch) if "baseline_nll" in fields else None,
             inter_latent_jsd=inter_latent_jsd,
-            seed_shares=None if self.seeding is None else self.seed_shares,
+            seed_shares=self.seed_shares,
         )
 
     def encode(self, batch: PairBatch) -> BranchOutput:
@@ -260,19 +261,30 @@ class SharedDiscreteCVAE(DiscreteUse):
             return 0.0
         return share if bool(self.seeded) else 0.0
 
+    @property
+    def seed_shares(self) -> Tensor | None:
+        """[K] shares of the latents among the seeds, with one more for each; None without a seeding."""
+        if self.seeding is None:
+            return None
+        counts = self.seed_counts.float() + 1
+        return counts / counts.sum()
+
     def on_train_start(self) -> None:
         """Let the seeding say where the latents start, before the first step, unless a checkpoint has said it."""
         if self.seeding is not None and self.global_step == 0 and not bool(self.seeded):
-            shares = self.seeding.start(self)
-            if shares is not None:
+            counts = self.seeding.start(self)
+            if counts is not None:
                 self.seeded.fill_(True)
-                self.seed_shares.copy_(shares)
+                self.seed_counts.copy_(counts)
+        wanted = [name for name, loss in self._named_losses() if getattr(loss, "prior", None) == "seeds"]
+        if wanted and self.seeding is not None and not self.seed_counts.any():
+            rank_zero_warn(f"{', '.join(wanted)}: there are no seeds to take the prior from, and it is uniform")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load what was trained with a seeding where the config has none, and the other way round."""
         super().on_load_checkpoint(checkpoint)
         state = checkpoint.get("state_dict", {})
-        unseeded = {"seeded": torch.tensor(False), "seed_shares": torch.full((self.num_latents,), 1 / self.num_latents)}
+        unseeded = {"seeded": torch.tensor(False), "seed_counts": torch.zeros(self.num_latents, dtype=torch.int64)}
         for name, value in unseeded.items():
             if self.seeding is None:
                 state.pop(name, None)  # a strategy that divides the model has it loaded
@@ -303,8 +315,7 @@ class SharedDiscreteCVAE(DiscreteUse):
         router, posterior = (usage[f"aggregate_{part}"].float().log()[None] for part in ("router", "posterior"))
         none = router.new_zeros(1, self.num_latents, 0)
         temperature = router.new_tensor(self.posterior_temperature)
-        seed_shares = None if self.seeding is None else self.seed_shares
-        return DiscreteOutputs(router, posterior, none, none[:, 0].bool(), temperature, seed_shares=seed_shares)
+        return DiscreteOutputs(router, posterior, none, none[:, 0].bool(), temperature, seed_shares=self.seed_shares)
 
     def compute_metrics(self) -> dict[str, Tensor]:
         """Return the metrics of the split by log key."""

@@ -96,7 +96,7 @@ class LatentSeeding(HasSpec):
         """Seed on rank zero and give every rank the result.
 
         Returns:
-            [K] shares of the latents among the solutions, with one more for each latent; None where there are no seeds.
+            [K] int64, how many solutions each latent stands for; None where there are no seeds.
 
         Raises:
             ValueError: if the data module has no records to take inputs from, or the entangled model is not at hand.
@@ -108,20 +108,20 @@ class LatentSeeding(HasSpec):
                 "seeding lets the entangled model solve inputs, but this module was restored from a checkpoint alone: "
                 "give model.entangled as a folder or hub name, or set model.seeding to null"
             )
-        shares = None
+        counts = None
         if module.trainer.is_global_zero:
             devices = [module.device] if module.device.type == "cuda" else []
             with torch.random.fork_rng(devices):
                 torch.manual_seed(self.run_seed)
-                shares = self.seed_posterior(module)
+                counts = self.seed_posterior(module)
         network = module.posterior_network
         state = {name: value.cpu() for name, value in network.state_dict().items()}
-        shares, state = module.trainer.strategy.broadcast((shares, state))
+        counts, state = module.trainer.strategy.broadcast((counts, state))
         network.load_state_dict(state)
-        return shares
+        return counts
 
     def seed_posterior(self, module: SharedDiscreteCVAE) -> Tensor | None:
-        """Teach the posterior network the clusters; return their shares, None where an input has one solution only.
+        """Teach the posterior network the clusters; return their sizes [K], None where fewer than K solutions differ.
 
         Raises:
             ValueError: if a record is longer than the model can read.
@@ -149,7 +149,7 @@ class LatentSeeding(HasSpec):
         if found is None:
             rank_zero_warn(
                 "seeding found fewer than K different solutions: the entangled model solves every input in one way, "
-                "or the solutions were cut off. Training starts without seeds."
+                "or the solutions were cut off, or too long to be read. Training starts without seeds."
             )
             return None
         self.clusters, self.points = found.labels, found.points
@@ -160,7 +160,7 @@ class LatentSeeding(HasSpec):
             f"they tell {found.information:.3f} nats about y given x"
         )
         self.teach(module, solutions, self.clusters)
-        return (sizes + 1) / (sizes + 1).sum()  # one more in each, so that none is zero
+        return sizes
 
     def centre(self, features: Tensor) -> Tensor:
         """Return features [N * M, layers, D] less their mean over the M solutions of an input, [N * M, layers * D].

@@ -396,9 +396,10 @@ def test_the_posterior_learns_the_clusters_and_nothing_else_changes(artifact, mo
     assert start(model)
     assert torch.equal(torch.get_rng_state(), rng)
     names = changed(before, model.state_dict())
-    assert names >= {f"{POSTERIOR}project.weight", "seeded", "seed_shares"}
-    assert all(name.startswith(POSTERIOR) or name in ("seeded", "seed_shares") for name in names)
+    assert names >= {f"{POSTERIOR}project.weight", "seeded", "seed_counts"}
+    assert all(name.startswith(POSTERIOR) or name in ("seeded", "seed_counts") for name in names)
     sizes = torch.bincount(model.seeding.clusters, minlength=K)
+    assert torch.equal(model.seed_counts, sizes)
     torch.testing.assert_close(model.seed_shares, (sizes + 1) / (sizes + 1).sum())
     assert taught[1] > max(0.9, taught[0] + 0.2)
     assert model.seeding.points.shape == (30, 2)
@@ -534,7 +535,7 @@ def test_checkpoints_and_configs_may_differ_in_their_seeding(artifact, tmp_path)
         saved = torch.load(path, weights_only=True)["state_dict"]
         weights = model.state_dict()
         assert all(torch.equal(weights[name], saved[name]) for name in saved.keys() & weights.keys())
-        assert saved.keys() ^ weights.keys() == {"seeded", "seed_shares"}
+        assert saved.keys() ^ weights.keys() == {"seeded", "seed_counts"}
         assert second is None or not model.seeded
         model = build(artifact, second)
         fit(model, tmp_path, max_steps=3, ckpt_path=path)
