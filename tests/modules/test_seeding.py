@@ -20,7 +20,7 @@ from cvae_lightning.backbones.artifact import Baseline, save_artifact
 from cvae_lightning.backbones.causal_lm import build_causal_lm
 from cvae_lightning.backbones.solution_features import solution_features
 from cvae_lightning.functional import exact_posterior
-from cvae_lightning.losses import FreeEnergyLoss, PosteriorDistillationLoss
+from cvae_lightning.losses import AggregatePosteriorBalanceLoss, FreeEnergyLoss, PosteriorDistillationLoss
 from cvae_lightning.modules import seeding as module_of_seeding
 from cvae_lightning.modules import solution_clusters
 from cvae_lightning.modules.solution_clusters import (
@@ -559,12 +559,15 @@ def test_a_model_with_one_way_of_solving_trains_without_seeds(tmp_path, monkeypa
     with torch.no_grad():
         lm.get_output_embeddings().weight.mul_(1e4)  # sampling takes the most probable token
     save_artifact(tmp_path / "one", lm, template.tokenizer, Baseline(1.5, 10, "tiny-val", template.fingerprint()))
-    model = build(str(tmp_path / "one"), small())
+    losses = {"free_energy": FreeEnergyLoss(), "distillation": PosteriorDistillationLoss()}
+    model = build(str(tmp_path / "one"), small(), losses | {"balance": AggregatePosteriorBalanceLoss(prior="seeds")})
     before = snapshot(model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         trainer = fit(model, tmp_path, max_steps=2)
-    assert sum("Training starts without seeds" in str(w.message) for w in caught) == 1
+    for said in ("Training starts without seeds", "balance: there are no seeds to take the prior from"):
+        assert sum(said in str(w.message) for w in caught) == 1
+    torch.testing.assert_close(model.seed_shares, torch.full((K,), 1 / K))
     assert trainer.global_step == 2
     assert not model.seeded
     assert model.seeding.points is None
