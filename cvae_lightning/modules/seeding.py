@@ -61,7 +61,7 @@ class LatentSeeding(HasSpec):
         self,
         num_inputs: int = 256,
         num_solutions: int = 16,
-        posterior_steps: int = 100,
+        posterior_steps: int = 200,
         hold_steps: int = 150,
         seed: int | None = None,
     ) -> None:
