@@ -105,7 +105,7 @@ def _dataset_rows(source: str, option: str, default_split: str) -> Iterator[Row]
             "install the package: pip install 'cvae-lightning[datasets]'"
         ) from None
     try:
-        if Path(name).is_dir():
+        if any((Path(name) / mark).is_file() for mark in ("dataset_dict.json", "state.json")):  # of save_to_disk
             table = datasets.load_from_disk(name)
         else:
             repository, _, config = name.partition(":")

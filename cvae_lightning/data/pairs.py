@@ -32,8 +32,8 @@ class PairsDataModule(RecordDataModule):
     """Pairs of texts from JSONL, CSV or a Hugging Face data set.
 
     A source is a ``.jsonl``, ``.json``, ``.ndjson``, ``.csv`` or ``.tsv`` file in UTF-8 (blank lines are skipped), or,
-    where the package ``datasets`` is installed, a folder written by ``save_to_disk`` or a data set's name, as
-    ``NAME[:CONFIG][#SPLIT]``. All sources are read and checked before anything else happens.
+    where the package ``datasets`` is installed, a folder (of ``save_to_disk``, or of data files) or a data set's name,
+    as ``NAME[:CONFIG][#SPLIT]``. All sources are read and checked before anything else happens.
 
     Args:
         train_path: source of the training records.

@@ -210,6 +210,7 @@ def test_hugging_face_names_and_folders_are_read(monkeypatch, tmp_path):
     assert [(r.x, r.y) for r in data.records("train")] == [("1", "a"), ("2", "b")]
     assert [r.x for r in data.records("val")] == ["3"]
     assert calls == [("someone/pairs", "en"), ("someone/pairs", None)]
+    (tmp_path / "state.json").touch()
     assert [r.x for r in PairsDataModule(str(tmp_path), "someone/pairs").records("train")] == ["1", "2"]
     for source, message in [
         ("someone/pairs#odd", "someone/pairs#odd:1: column 'y' is empty"),
@@ -218,3 +219,18 @@ def test_hugging_face_names_and_folders_are_read(monkeypatch, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             PairsDataModule(source).setup()
+
+
+def test_folders_are_read_by_the_real_package(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    splits = {name: {"x": [name], "y": ["b"], "label": ["u"]} for name in ("train", "validation")}
+    saved = datasets.DatasetDict({name: datasets.Dataset.from_dict(rows) for name, rows in splits.items()})
+    saved.save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "train.jsonl").write_text('{"x": "1", "y": "a"}\n')
+    data = PairsDataModule(str(tmp_path / "saved"), str(tmp_path / "saved"), strategy_column="label")
+    assert [(r.x, r.strategy) for split in ("train", "val") for r in data.records(split)] == [
+        ("train", 0),
+        ("validation", 0),
+    ]
+    assert [r.x for r in PairsDataModule(str(tmp_path / "files"), str(tmp_path / "saved")).records("train")] == ["1"]
