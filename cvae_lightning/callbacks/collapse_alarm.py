@@ -122,14 +122,13 @@ class CollapseAlarm(Callback):
             found["posterior"] = (
                 f"the prior KL is {kl:.4f} nats and no balance term acts: the posterior ignores y"
                 f"{_entropies(metrics, k)}. Likely cause: the model predicts y as well without z, so the KL wins. Try: "
-                f"{spread}, set a temperature-scheduled exact posterior (posterior: exact), weigh the tokens that "
-                "differ (TokenWeightedReconstructionLoss), or lower or anneal the weight of kl_prior_loss."
+                f"{spread}, and a FreeEnergyLoss with posterior: exact and posterior_temperature: 0.3."
             )
         if k > 1 and jsd < self.jsd_floor:
             found["generator"] = (
                 f"the inter-latent JSD is {jsd:.5f} nats per token: every latent writes the same text. Likely cause: "
-                "the generator ignores its latent token. Try: an InterLatentDivergenceLoss with a small weight early "
-                "in training, TokenWeightedReconstructionLoss, or a higher learning rate for the latent embeddings."
+                "the generator ignores its latent token. Try: a FreeEnergyLoss with posterior: exact and "
+                "posterior_temperature: 0.3, LatentSeeding, or a larger latent_token_std."
             )
         return found
 

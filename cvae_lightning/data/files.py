@@ -21,8 +21,9 @@ def read_rows(source: str, option: str, default_split: str) -> Iterator[Row]:
     """Yield the rows of a source.
 
     Args:
-        source: a ``.jsonl``, ``.json``, ``.ndjson``, ``.csv`` or ``.tsv`` file; or a folder written by
-            ``Dataset.save_to_disk`` or the name of a Hugging Face data set, as ``NAME[:CONFIG][#SPLIT]``.
+        source: a ``.jsonl``, ``.json``, ``.ndjson``, ``.csv`` or ``.tsv`` file; or a folder (of
+            ``Dataset.save_to_disk``, or of data files) or the name of a Hugging Face data set, as
+            ``NAME[:CONFIG][#SPLIT]``.
         option: name of the option that gave the source, for messages.
         default_split: split of a Hugging Face data set where the source names none.
 

@@ -201,7 +201,8 @@ class EntangledLM(LanguageModule):
 
         Args:
             x: inputs, as texts or all as token ids; y is of the same kind.
-            options: ``do_sample``, ``temperature``, ``max_new_tokens``, ``generator_seed``, ``batch_size``.
+            options: ``generator_seed``, ``batch_size`` (rows of the model's batch), and those of transformers'
+                ``GenerationConfig``.
         """
         return self.generate_from(x, [()] * len(x), **options)
 

@@ -5,10 +5,10 @@ tells the latents apart by t0 / T. Weights w_t = b_t (the entangled model's NLL)
 the gradient of R = sum_k q_k R(z_k) in the logits of q is q_k (R(z_k) - R); amplification is the ratio of its norms,
 weighted over uniform; t0 = exp(entropy of w / sum w) counts the tokens that carry the weight.
 
-    python tests/benchmarks/token_weighting.py CHECKPOINT TASK [CHECKPOINT TASK ...] [--write]
+    python tests/benchmarks/token_weighting.py CHECKPOINT:ENTANGLED TASK [CHECKPOINT:ENTANGLED TASK ...] [--write]
 
-CHECKPOINT is one of a ``SharedDiscreteCVAE``, TASK the class name of its task, such as SortingAlgorithms. The entangled
-model is a second argument of the checkpoint, behind a colon: ``last.ckpt:runs/sorting_algorithms/entangled``.
+CHECKPOINT is one of a ``SharedDiscreteCVAE``, ENTANGLED the folder of its entangled model, TASK the class name of its
+task: ``last.ckpt:runs/sorting_algorithms/entangled SortingAlgorithms``.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Task(HasSpec, ABC):
     """
 
     name: ClassVar[str]
-    """Name of the task, as in ``design.md``: ``sorting_algorithms``, ..."""
+    """Name of the task, as in the recipes: ``sorting_algorithms``, ..."""
     strategies: tuple[str, ...]
     """Names of the S strategies; a record's ``strategy`` indexes this tuple."""
     alphabet: ClassVar[str]
