@@ -24,17 +24,20 @@ def start_ranks(folder, words, size, launcher="torchrun", **environment):
     return [start(folder, words, **own, **environment) for own in environments(size, launcher)]
 
 
-def environments(size, launcher):
-    """Return what ``torchrun`` or ``srun`` tells each of ``size`` processes on this machine."""
+def environments(size, launcher, nodes=1):
+    """Return what ``torchrun`` or ``srun`` tells each of ``size`` processes, here or as if on several machines."""
+    each = size // nodes
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     for rank in range(size):
         if launcher == "torchrun":
-            own = {"TORCHELASTIC_RUN_ID": "none", "RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": size}
+            own = {"TORCHELASTIC_RUN_ID": "none", "RANK": rank, "LOCAL_RANK": rank % each, "GROUP_RANK": rank // each}
+            own |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": each}
         else:
-            own = {"SLURM_JOB_ID": 4242, "SLURM_JOB_NAME": "fit", "SLURM_NTASKS": size, "SLURM_NTASKS_PER_NODE": size}
-            own |= {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NODEID": 0, "SLURM_NNODES": 1}
+            own = {"SLURM_JOB_ID": 4242, "SLURM_JOB_NAME": "fit", "SLURM_NTASKS": size, "SLURM_NTASKS_PER_NODE": each}
+            own |= {"SLURM_PROCID": rank, "SLURM_LOCALID": rank % each, "SLURM_NODEID": rank // each}
+            own |= {"SLURM_NNODES": nodes}
         yield address | {name: str(value) for name, value in own.items()}
 
 

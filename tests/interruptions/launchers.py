@@ -1,4 +1,7 @@
-"""Real runs of two processes, by Lightning's launcher and by torchrun, that are sent SIGTERM and started again."""
+"""Real runs of two processes, by Lightning's launcher and by torchrun, that are sent SIGTERM and started again.
+
+The two machines of a launch are two agents of torchrun on this one.
+"""
 
 import os
 import signal
@@ -17,6 +20,7 @@ FSDP = {
     "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1, "save_distributed_checkpoint": False},
 }
 LAUNCHES = {"trainer, DDP": "ddp", "trainer, FSDP2": FSDP, "torchrun, DDP": "ddp", "torchrun, FSDP2": FSDP}
+LAUNCHES |= {"torchrun on two machines, DDP": "ddp"}
 STEPS = 60
 
 
@@ -27,7 +31,8 @@ def terminate_launches(here):
     config = yaml.safe_load((here / "discrete.yaml").read_text())
     config["trainer"] |= {"max_steps": STEPS, "devices": 2, "accumulate_grad_batches": 1, "callbacks": []}
     for number, (name, strategy) in enumerate(LAUNCHES.items()):
-        config["trainer"]["strategy"] = strategy
+        machines = 2 if "machines" in name else 1
+        config["trainer"] |= {"strategy": strategy, "num_nodes": machines, "devices": 2 // machines}
         (here / f"launch{number}.yaml").write_text(yaml.safe_dump(config))
         whole, ended = here / f"{number}-whole", here / f"{number}-ended"
         code, _ = _run(whole, name, number)
@@ -52,15 +57,18 @@ def _run(folder, name, number, end_after=None):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port), *words]
+        meeting = ["--nproc-per-node", "2", "--master-port", str(port)]
+        if "machines" in name:
+            meeting = ["--nproc-per-node", "1", "--nnodes", "2", "--rdzv-backend", "c10d", "--local-addr", "127.0.0.1"]
+            meeting += ["--rdzv-endpoint", f"127.0.0.1:{port}"]
+        words = ["-m", "torch.distributed.run", *meeting, *words]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     with (folder / "log.txt").open("ab") as log:
-        run = subprocess.Popen(
-            [sys.executable, *words], cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-    while end_after is not None and not end_after.exists() and run.poll() is None:
+        options = {"cwd": folder, "env": environment, "stdout": log, "stderr": log, "start_new_session": True}
+        runs = [subprocess.Popen([sys.executable, *words], **options) for _ in range(2 if "machines" in name else 1)]
+    while end_after is not None and not end_after.exists() and all(run.poll() is None for run in runs):
         time.sleep(0.05)
     begun = time.monotonic()
-    if end_after is not None:
+    for run in runs if end_after is not None else ():
         os.killpg(run.pid, signal.SIGTERM)
-    return run.wait(600), time.monotonic() - begun
+    return max((run.wait(600) for run in runs), key=abs), time.monotonic() - begun

@@ -111,16 +111,17 @@ def fit(build, folder, ckpt_path=None, callbacks=(), batch_size=16, again=False,
         assert witness.metrics == pytest.approx(before, nan_ok=True)
 
 
-def fit_together(build, folder, size, strategy, launcher, **options):
+def fit_together(build, folder, size, strategy, launcher, nodes=1, **options):
     """The same in several processes, and return what the first has seen; all must have logged the same metrics."""
+    options |= {"devices": size // nodes, "num_nodes": nodes}
     folder.mkdir()
 
     def run(environment):
         os.environ.update(environment)
-        fit(build, folder, batch_size=16 // size, devices=size, strategy=strategy(), **options)
+        fit(build, folder, batch_size=16 // size, strategy=strategy(), **options)
 
     context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=run, args=(own,)) for own in environments(size, launcher)]
+    ranks = [context.Process(target=run, args=(own,)) for own in environments(size, launcher, nodes)]
     for rank in ranks:
         rank.start()
     assert [exit_code(rank, 200) for rank in ranks] == [0] * size
@@ -162,9 +163,9 @@ def assert_close_weights(found, expected, start):
 
 
 @pytest.mark.parametrize(("strategy", "launcher"), [("ddp", "torchrun"), ("fsdp", "srun")])
-def test_a_run_on_four_processes_is_the_run_of_one(alone, tmp_path, strategy, launcher):
+def test_a_run_on_two_machines_of_two_processes_is_the_run_of_one(alone, tmp_path, strategy, launcher):
     build, whole = alone
-    options = {"callbacks": [StrategyEvaluation(num_examples=7, max_new_tokens=12)], "again": True}
+    options = {"nodes": 2, "callbacks": [StrategyEvaluation(num_examples=7, max_new_tokens=12)], "again": True}
     losses, metrics = fit_together(build, tmp_path / "four", 4, STRATEGIES[strategy], launcher, **options)
     expected_losses, expected = json.loads((whole / "0.json").read_text())
     assert losses == pytest.approx(expected_losses, rel=1e-3)
