@@ -76,7 +76,7 @@ def test_zero_prior_kl_matters_only_while_no_balance_acts(weight, alarms):
 def test_equal_latents():
     (message,) = messages(UsageModule({**HEALTHY, "diagnostics/inter_latent_jsd/weighted_mean": 1e-5}))
     assert "every latent writes the same text" in message
-    assert "InterLatentDivergenceLoss" in message
+    assert "latent_token_std" in message
 
 
 def test_every_cause_once_even_when_all_happen():
