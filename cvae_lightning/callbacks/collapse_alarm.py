@@ -98,6 +98,7 @@ class CollapseAlarm(Callback):
             if balanced
             else "add an AggregatePosteriorBalanceLoss (weight 1 is a good start)"
         )
+        exact = "a FreeEnergyLoss with posterior: exact and posterior_temperature: 0.3"
         found: dict[str, str] = {}
         if logged(metrics, "val/diagnostics/active_units") == 0:
             delta = logged(metrics, "val/diagnostics/active_units_delta")
@@ -122,13 +123,12 @@ class CollapseAlarm(Callback):
             found["posterior"] = (
                 f"the prior KL is {kl:.4f} nats and no balance term acts: the posterior ignores y"
                 f"{_entropies(metrics, k)}. Likely cause: the model predicts y as well without z, so the KL wins. Try: "
-                f"{spread}, and a FreeEnergyLoss with posterior: exact and posterior_temperature: 0.3."
+                f"{spread}, and {exact}."
             )
         if k > 1 and jsd < self.jsd_floor:
             found["generator"] = (
                 f"the inter-latent JSD is {jsd:.5f} nats per token: every latent writes the same text. Likely cause: "
-                "the generator ignores its latent token. Try: a FreeEnergyLoss with posterior: exact and "
-                "posterior_temperature: 0.3, LatentSeeding, or a larger latent_token_std."
+                f"the generator ignores its latent token. Try: {exact}, LatentSeeding, or a larger latent_token_std."
             )
         return found
 

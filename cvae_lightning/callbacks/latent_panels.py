@@ -142,7 +142,7 @@ class LatentPanels(Callback):
         writer.flush()
 
     def traversal(self, pl_module: Any, xs: list[str], points: Tensor) -> str:
-        """Return a Markdown table of greedy outputs for each x while one dimension moves and the rest stay at their mean."""
+        """Return a Markdown table of greedy outputs for each x: one dimension moves, the others stay at their mean."""
         mean, deviation = points.mean(0), points.std(0, correction=0)
         moved = deviation.argsort(descending=True)[: self.max_dimensions].tolist()
         offsets = torch.linspace(-self.reach, self.reach, self.num_steps)

@@ -19,8 +19,13 @@ FSDP = {
     "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
     "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1, "save_distributed_checkpoint": False},
 }
-LAUNCHES = {"trainer, DDP": "ddp", "trainer, FSDP2": FSDP, "torchrun, DDP": "ddp", "torchrun, FSDP2": FSDP}
-LAUNCHES |= {"torchrun on two machines, DDP": "ddp"}
+LAUNCHES = {  # strategy and number of machines
+    "trainer, DDP": ("ddp", 1),
+    "trainer, FSDP2": (FSDP, 1),
+    "torchrun, DDP": ("ddp", 1),
+    "torchrun, FSDP2": (FSDP, 1),
+    "torchrun on two machines, DDP": ("ddp", 2),
+}
 STEPS = 60
 
 
@@ -30,8 +35,7 @@ def terminate_launches(here):
     here = prepare(here)
     config = yaml.safe_load((here / "discrete.yaml").read_text())
     config["trainer"] |= {"max_steps": STEPS, "devices": 2, "accumulate_grad_batches": 1, "callbacks": []}
-    for number, (name, strategy) in enumerate(LAUNCHES.items()):
-        machines = 2 if "machines" in name else 1
+    for number, (name, (strategy, machines)) in enumerate(LAUNCHES.items()):
         config["trainer"] |= {"strategy": strategy, "num_nodes": machines, "devices": 2 // machines}
         (here / f"launch{number}.yaml").write_text(yaml.safe_dump(config))
         whole, ended = here / f"{number}-whole", here / f"{number}-ended"
@@ -53,19 +57,18 @@ def _run(folder, name, number, end_after=None):
     """Run the command, or end it once a file is there, and return (exit code, seconds from the signal to the end)."""
     folder.mkdir(exist_ok=True)
     words = ["-m", "cvae_lightning.cli", "fit", "--config", f"../launch{number}.yaml", "--ckpt_path", "last"]
+    _, machines = LAUNCHES[name]
     if name.startswith("torchrun"):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        meeting = ["--nproc-per-node", "2", "--master-port", str(port)]
-        if "machines" in name:
-            meeting = ["--nproc-per-node", "1", "--nnodes", "2", "--rdzv-backend", "c10d", "--local-addr", "127.0.0.1"]
-            meeting += ["--rdzv-endpoint", f"127.0.0.1:{port}"]
+        meeting = ["--nnodes", str(machines), "--nproc-per-node", str(2 // machines), "--local-addr", "127.0.0.1"]
+        meeting += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
         words = ["-m", "torch.distributed.run", *meeting, *words]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     with (folder / "log.txt").open("ab") as log:
         options = {"cwd": folder, "env": environment, "stdout": log, "stderr": log, "start_new_session": True}
-        runs = [subprocess.Popen([sys.executable, *words], **options) for _ in range(2 if "machines" in name else 1)]
+        runs = [subprocess.Popen([sys.executable, *words], **options) for _ in range(machines)]
     while end_after is not None and not end_after.exists() and all(run.poll() is None for run in runs):
         time.sleep(0.05)
     begun = time.monotonic()
