@@ -91,6 +91,17 @@ class BranchInputs:
         """Return the prefix as token ids, or as vectors where the suffixes are vectors."""
         return decoder.get_input_embeddings()(self.prefix_ids) if self.embedded else self.prefix_ids
 
+    def looked_up(self, decoder: Any) -> tuple[Tensor, BranchInputs]:
+        """Return the prefix as vectors [B, P, D], and these inputs with vectors as suffixes.
+
+        All ids are looked up at once: each lookup costs a gradient of the size of the whole table.
+        """
+        if self.embedded:
+            return self.prefix_like_suffix(decoder), self
+        vectors = decoder.get_input_embeddings()(torch.cat([self.prefix_ids, self.suffix.flatten(1)], 1))
+        suffix = vectors[:, self.width :].unflatten(1, self.suffix.shape[1:])
+        return vectors[:, : self.width], replace(self, suffix=suffix)
+
     def conditioning(self) -> AbstractContextManager[None]:
         """Within this context every branch [B * K] is conditioned on its latent, where there are norms for it."""
         if self.norms is None or self.z is None:

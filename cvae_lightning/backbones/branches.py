@@ -62,7 +62,7 @@ def run_branches(
         return METHODS[method](lm, inputs)
     chunks = [slice(start, start + size) for start in range(0, inputs.num_latents, size)]
     if method == "cache":
-        prefix, cache = _read_prefix(lm, inputs)
+        prefix, cache = _read_prefix(lm, inputs, inputs.prefix_like_suffix(decoder_of(lm)))
         router_hidden = prefix[:, -1]
         hidden = [_again(_continue, lm, inputs.latents(chunk), cache) for chunk in chunks]
     else:
@@ -99,16 +99,17 @@ def run_repeated(lm: Any, inputs: BranchInputs) -> BranchOutput:
 
 def run_cached(lm: Any, inputs: BranchInputs) -> BranchOutput:
     """Read the prefix once and continue it K times from its keys and values."""
-    prefix, cache = _read_prefix(lm, inputs)
+    tokens, inputs = inputs.looked_up(decoder_of(lm))
+    prefix, cache = _read_prefix(lm, inputs, tokens)
     return BranchOutput(_continue(lm, inputs, cache), prefix[:, -1])
 
 
-def _read_prefix(lm: Any, inputs: BranchInputs) -> tuple[Tensor, Any]:
-    """Return the hidden states [B, P, D] of the prefix and the cache with its keys and values."""
+def _read_prefix(lm: Any, inputs: BranchInputs, tokens: Tensor) -> tuple[Tensor, Any]:
+    """Return the hidden states [B, P, D] of the prefix, given as ids or vectors, and the cache with its keys."""
     from transformers import DynamicCache
 
     output = decoder_of(lm)(
-        input_ids=inputs.prefix_ids,
+        **inputs.named(tokens),
         attention_mask=inputs.prefix_mask.long(),
         position_ids=inputs.prefix_positions,
         past_key_values=DynamicCache(config=lm.config),

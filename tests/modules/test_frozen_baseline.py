@@ -127,7 +127,7 @@ def test_work_of_a_step_is_what_the_shared_prefix_needs(artifact, monkeypatch):
         return nll, jsd
 
     decoder_of(module.lm).register_forward_pre_hook(
-        lambda m, a, k: tokens.append(k["input_ids"].numel()), with_kwargs=True
+        lambda m, a, k: tokens.append(k["position_ids"].numel()), with_kwargs=True
     )
     monkeypatch.setattr(latent_head, "_plain_head", head)
     module._step(batch, "train")
