@@ -14,6 +14,7 @@ from torch import nn
 from cvae_lightning.backbones.branch_inputs import BranchInputs, BranchOutput
 from cvae_lightning.backbones.causal_lm import evaluating
 from cvae_lightning.backbones.grouped_attention import supports_grouped
+from cvae_lightning.functional.precision import without_autocast
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 """Types of layers whose state is keys and values alone."""
@@ -67,7 +68,7 @@ def _agrees(lm: Any, inputs: BranchInputs, methods: Mapping[str, Any], name: str
     rows = torch.stack([lengths.argmax(), lengths.argmin()])
     part = inputs.rows(rows).latents(slice(2))
     implementation = lm.config._attn_implementation
-    with evaluating(lm), torch.no_grad(), torch.autocast(part.prefix_ids.device.type, enabled=False):
+    with evaluating(lm), torch.no_grad(), without_autocast(part.prefix_ids.device):
         expected = methods["repeat"](lm, part)
         try:
             found = methods[name](lm, part)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from cvae_lightning.functional.chunked_head import ChunkedHead, HeadSettings
 from cvae_lightning.functional.divergences import jensen_shannon_divergence
-from cvae_lightning.functional.precision import at_least_float32
+from cvae_lightning.functional.liger_head import liger_head, liger_wanted
+from cvae_lightning.functional.precision import at_least_float32, without_autocast
 
 COMPILE_VARIABLE = "CVAE_LIGHTNING_COMPILE_HEAD"
 
@@ -66,10 +67,10 @@ def latent_token_stats(
         raise ValueError(f"targets must have shape {(batch, length)} to match hidden, got {tuple(targets.shape)}")
     if lm_head_weight.shape[1:] != (width,):
         raise ValueError(f"lm_head_weight must have shape [V, {width}], got {list(lm_head_weight.shape)}")
-    b, t = (targets >= 0).nonzero(as_tuple=True)  # N scored positions
-    chosen = targets[b, t]
+    on_cpu, scored = hidden.device.type == "cpu", targets >= 0
+    b, t = _positions(scored, only_scored=on_cpu)  # N
+    chosen = targets[b, t].clamp_min(0)
 
-    on_cpu = hidden.device.type == "cpu"
     settings = HeadSettings(
         need_jsd=need_jsd,
         scale=scale,
@@ -81,20 +82,33 @@ def latent_token_stats(
     states = hidden.transpose(0, 1)  # [K, B, T, D]
     weight = lm_head_weight.to(_product_dtype(hidden, lm_head_weight))
     bias = None if bias is None else at_least_float32(bias)
-    with torch.autocast(hidden.device.type, enabled=False):
-        head = _plain_head if settings.fits(latents * len(chosen), weight) else ChunkedHead.apply
-        nll, jsd = head(states, weight, bias, chosen, b, t, settings)
+    with without_autocast(hidden.device):
+        if not need_jsd and liger_wanted(hidden.device):
+            nll, jsd = liger_head(states, weight, bias, chosen, b, t, settings)
+        else:
+            head = _plain_head if settings.fits(latents * len(chosen), weight) else ChunkedHead.apply
+            nll, jsd = head(states, weight, bias, chosen, b, t, settings)
 
+    keep = scored[b, t]
     token_nll = nll.new_zeros(latents, batch, length)
-    token_nll[:, b, t] = nll
+    token_nll[:, b, t] = nll.where(keep, 0)
     if jsd is not None:
-        jsd = jsd.new_zeros(batch, length).index_put((b, t), jsd)
+        jsd = jsd.new_zeros(batch, length).index_put((b, t), jsd.where(keep, 0))
     return token_nll.transpose(0, 1), jsd
+
+
+def _positions(scored: Tensor, only_scored: bool) -> tuple[Tensor, ...]:
+    """Row and column of the scored positions, or of all: the host learns how many are scored only from the device."""
+    if only_scored:
+        return scored.nonzero(as_tuple=True)
+    place = torch.arange(scored.numel(), device=scored.device)
+    return place // scored.shape[1], place % scored.shape[1]
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     device, dtype = hidden.device.type, torch.promote_types(hidden.dtype, weight.dtype)
-    if dtype != torch.float64 and torch.is_autocast_enabled(device):
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if dtype != torch.float64 and casts:
         return torch.get_autocast_dtype(device)
     return dtype
 
