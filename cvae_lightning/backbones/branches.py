@@ -14,11 +14,11 @@ from cvae_lightning.backbones.branch_choice import choose_branch_method
 from cvae_lightning.backbones.branch_inputs import BranchInputs, BranchOutput
 from cvae_lightning.backbones.causal_lm import decoder_of
 from cvae_lightning.backbones.conditioning import LatentNorms, check_norm_branches
-from cvae_lightning.backbones.grouped_attention import run_grouped
+from cvae_lightning.backbones.grouped_attention import run_grouped, run_packed
 
 __all__ = ["BranchInputs", "BranchMethod", "BranchOutput", "run_branches"]
 
-BranchMethod = Literal["auto", "cache", "grouped", "repeat"]
+BranchMethod = Literal["auto", "cache", "grouped", "packed", "repeat"]
 
 
 def run_branches(
@@ -40,9 +40,10 @@ def run_branches(
         suffix: [B, K, S] token ids, or [B, K, S, D] input embeddings where a latent is a vector.
         suffix_mask: [B, S], shared by the branches, padded on the right.
         method: ``cache`` reads the prefix once and copies its keys and values to the branches; ``grouped`` reads prefix
-            and branches as one sequence in one call, also under gradient checkpointing; ``repeat`` reads the prefix K
-            times, works for every family, and is the reference; ``auto`` takes the first of them that the family
-            supports and that agrees with ``repeat`` on the first batch.
+            and branches as one sequence in one call, also under gradient checkpointing; ``packed`` does so by
+            FlexAttention, which copies no keys (long prompts on a GPU); ``repeat`` reads the prefix K times, works for
+            every family, and is the reference; ``auto`` takes ``cache``, ``grouped`` or ``repeat``, the first that the
+            family supports and that agrees with ``repeat`` on the first batch.
         num_latent_chunk: number of latents run at a time; the activations of one such chunk are kept, those of the
             others are made again in the backward pass. None = all at once.
         norms, z: conditioned norms of ``lm`` and, [B, K, D], what conditions them in every branch; None = none.
@@ -143,5 +144,6 @@ def _continue(lm: Any, inputs: BranchInputs, cache: Any) -> Tensor:
 METHODS: dict[str, Callable[[Any, BranchInputs], BranchOutput]] = {
     "cache": run_cached,
     "grouped": run_grouped,
+    "packed": run_packed,
     "repeat": run_repeated,
 }

@@ -130,11 +130,11 @@ def check_norm_branches(method: str) -> None:
     """Raise if a way of running branches does not suit conditioned norms.
 
     Raises:
-        ValueError: for ``grouped``.
+        ValueError: for ``grouped`` and ``packed``.
     """
-    if method == "grouped":
+    if method in ("grouped", "packed"):
         raise ValueError(
-            "branch_method=grouped puts all branches into one row, which conditioned norms cannot tell apart: use "
+            f"branch_method={method} puts all branches into one row, which conditioned norms cannot tell apart: use "
             "auto, cache or repeat"
         )
 

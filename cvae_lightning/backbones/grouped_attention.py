@@ -8,6 +8,7 @@ Source: the grouping of Liu et al. 2025 (arXiv 2506.05433), for the branches of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -47,6 +48,104 @@ class Branches:
         branch = torch.cat([prefix[:, None].expand(-1, length, -1), own(suffix)], -1)
         return cls(latents, own(prefix)[:, None], branch.repeat_interleave(latents, 0)[:, None])
 
+    def attend(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """Attend once within the prefix and once from the branches, which get copies of the prefix's keys and values.
+
+        Shape:
+            query, key, value: [B, heads, P + K * S, d] -> [B, P + K * S, heads, d].
+        """
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        latents, width, length = self.num_latents, self.prefix_mask.shape[-1], self.branch_mask.shape[-2]
+
+        def own(states: Tensor) -> Tensor:  # -> [B, K, heads, S, d]
+            return states[:, :, width:].unflatten(2, (latents, length)).transpose(1, 2)
+
+        def with_prefix(states: Tensor) -> Tensor:  # -> [B * K, heads, P + S, d]
+            shared = states[:, None, :, :width].expand(-1, latents, -1, -1, -1)
+            return torch.cat([shared, own(states)], 3).flatten(0, 1)
+
+        before, _ = sdpa_attention_forward(
+            module,
+            query[:, :, :width],
+            key[:, :, :width],
+            value[:, :, :width],
+            self.prefix_mask,
+            *args,
+            **kwargs,
+        )  # [B, P, heads, d]
+        behind, _ = sdpa_attention_forward(
+            module,
+            own(query).flatten(0, 1),
+            with_prefix(key),
+            with_prefix(value),
+            self.branch_mask,
+            *args,
+            **kwargs,
+        )  # [B * K, S, heads, d]
+        return torch.cat([before, behind.unflatten(0, (-1, latents)).flatten(1, 2)], 1), None
+
+
+@dataclass(frozen=True)
+class PackedBranches:
+    """The same layout as one mask in blocks of 128 x 128, most of which FlexAttention never visits: no key is copied.
+
+    Source: Dong et al. 2024 (arXiv 2412.05496).
+    """
+
+    mask: Any
+
+    @classmethod
+    def of(cls, inputs: BranchInputs) -> PackedBranches:
+        """Build the block mask; every query sees at least itself."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        latents, (batch, length) = inputs.num_latents, inputs.suffix_mask.shape
+        real = torch.cat([inputs.prefix_mask, inputs.suffix_mask.repeat(1, latents)], 1)
+        of_branch = torch.arange(1, latents + 1, device=real.device).repeat_interleave(length)
+        branch = torch.cat([of_branch.new_zeros(inputs.width), of_branch])  # 0 in the prefix
+
+        def seen(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            shared = (branch[key] == 0) | (branch[key] == branch[query])
+            return (real[b, key] & shared & (key <= query)) | (key == query)
+
+        size, device = real.shape[1], real.device
+        return cls(create_block_mask(seen, batch, None, size, size, device, _compile=device.type != "cpu"))
+
+    def attend(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Attend in one call, compiled on an accelerator; shapes as in :meth:`Branches.attend`.
+
+        Raises:
+            ValueError: with dropout, and for gradients on a CPU, both of which FlexAttention does not have.
+        """
+        if dropout:
+            raise ValueError("branch_method=packed has no attention dropout: set it to 0, or use grouped")
+        if query.device.type == "cpu" and query.requires_grad:
+            raise ValueError("branch_method=packed trains on a GPU only: use auto, cache or grouped on a CPU")
+        attention = _flex_attention(compiled=query.device.type != "cpu")
+        mixed = attention(
+            query, key, value, block_mask=self.mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        return mixed.transpose(1, 2).contiguous(), None
+
+
+@cache
+def _flex_attention(compiled: bool) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+
 
 def branch_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
@@ -54,39 +153,11 @@ def branch_attention(
     """Attend within prefix and branches where ``branches`` is given, else as SDPA does."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    branches: Branches | None = kwargs.pop("branches", None)
+    branches: Branches | PackedBranches | None = kwargs.pop("branches", None)
     if branches is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
     kwargs.pop("is_causal", None)
-    latents, width = branches.num_latents, branches.prefix_mask.shape[-1]
-    length = branches.branch_mask.shape[-2]
-
-    def own(states: Tensor) -> Tensor:  # [B, heads, P + K * S, d] -> [B, K, heads, S, d]
-        return states[:, :, width:].unflatten(2, (latents, length)).transpose(1, 2)
-
-    def with_prefix(states: Tensor) -> Tensor:  # -> [B * K, heads, P + S, d]
-        shared = states[:, None, :, :width].expand(-1, latents, -1, -1, -1)
-        return torch.cat([shared, own(states)], 3).flatten(0, 1)
-
-    before, _ = sdpa_attention_forward(
-        module,
-        query[:, :, :width],
-        key[:, :, :width],
-        value[:, :, :width],
-        branches.prefix_mask,
-        *args,
-        **kwargs,
-    )  # [B, P, heads, d]
-    behind, _ = sdpa_attention_forward(
-        module,
-        own(query).flatten(0, 1),
-        with_prefix(key),
-        with_prefix(value),
-        branches.branch_mask,
-        *args,
-        **kwargs,
-    )  # [B * K, S, heads, d]
-    return torch.cat([before, behind.unflatten(0, (-1, latents)).flatten(1, 2)], 1), None
+    return branches.attend(module, query, key, value, *args, **kwargs)
 
 
 def supports_grouped(lm: Any) -> bool:
@@ -116,9 +187,18 @@ def _register() -> None:
 
 def run_grouped(lm: Any, inputs: BranchInputs) -> BranchOutput:
     """Read prefix and branches in one call. The model's attention function stays set, as recomputation needs it."""
+    return _run(lm, inputs, Branches, "grouped")
+
+
+def run_packed(lm: Any, inputs: BranchInputs) -> BranchOutput:
+    """Read prefix and branches in one call by FlexAttention, which copies no keys: for long prompts on a GPU."""
+    return _run(lm, inputs, PackedBranches, "packed")
+
+
+def _run(lm: Any, inputs: BranchInputs, layout: type[Branches | PackedBranches], method: str) -> BranchOutput:
     if not supports_grouped(lm):
         raise ValueError(
-            f"branch_method=grouped needs SDPA attention over the whole prefix, which {type(lm).__name__} does not "
+            f"branch_method={method} needs SDPA attention over the whole prefix, which {type(lm).__name__} does not "
             "offer: use cache or repeat"
         )
     if lm.config._attn_implementation != NAME:
@@ -132,7 +212,7 @@ def run_grouped(lm: Any, inputs: BranchInputs) -> BranchOutput:
         attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device),  # 4-D: taken as it is
         position_ids=positions,
         use_cache=False,
-        branches=Branches.of(inputs),
+        branches=layout.of(inputs),
     ).last_hidden_state
     branches = hidden[:, inputs.width :].unflatten(1, (inputs.num_latents, -1))
     return BranchOutput(branches, hidden[:, inputs.width - 1])

@@ -60,8 +60,8 @@ class ContinuousCVAE(GaussianUse):
         pooling: of the posterior network over the y-region.
         baseline: whose NLL weighs tokens: the ``frozen`` entangled model or the current backbone (``dynamic``).
         c_base: nats per token of the entangled model; ``auto`` reads the artifact, else measures it before training.
-        branch_method: how the samples' branches are run: ``auto``, ``cache``, ``grouped`` (not with ``norm``) or
-            ``repeat``.
+        branch_method: how the samples' branches are run: ``auto``, ``cache``, ``grouped`` or ``packed`` (not with
+            ``norm``) or ``repeat``.
         max_length: longest generator prompt in tokens; null = unlimited.
         on_overflow: what happens to a longer record: ``error``, or ``skip`` it and say how many.
         padding_side: side on which x is padded.

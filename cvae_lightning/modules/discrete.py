@@ -56,7 +56,8 @@ class SharedDiscreteCVAE(DiscreteUse):
         c_base: nats per token of the entangled model; ``auto`` reads the artifact, else measures it before training.
         latent_token_std: noise of the latent rows at the start, in units of the embedding's standard deviation.
         branch_method: how the K branches share the prefix: ``cache`` (keys and values), ``grouped`` (one call, also
-            under gradient checkpointing), ``repeat`` (not at all); ``auto`` takes the first that suits the model.
+            under gradient checkpointing), ``packed`` (the same without copies of keys, on a GPU), ``repeat`` (not at
+            all); ``auto`` takes the first of the others that suits the model.
         num_latent_chunk: latents run at a time, to bound memory; null = all.
         max_length: longest generator prompt in tokens; null = unlimited.
         on_overflow: what happens to a longer record: ``error``, or ``skip`` it and say how many.
@@ -70,8 +71,9 @@ class SharedDiscreteCVAE(DiscreteUse):
             (below ``trainer.default_root_dir``, in runs that save checkpoints), false, or a folder.
         prefix_length: m, tokens of a latent in the slot; y stands m + 2 tokens later than in the entangled model's
             record, so train that with a ``max_gap`` of at least m + 2.
-        norm_dim: size of the vector of a latent that conditions the norm layers (not with ``branch_method: grouped``,
-            nor under gradient checkpointing); 0 = none. ``load_export`` attaches them to an exported folder again.
+        norm_dim: size of the vector of a latent that conditions the norm layers; 0 = none. Not under gradient
+            checkpointing, nor with branches ``grouped`` or ``packed``. ``load_export`` attaches the norms to an
+            exported folder again.
         seeding: where the latents start: at clusters of the entangled model's own solutions; null = at random.
         adaptation: what is trained of the language models of generator and posterior: ``full`` = everything; ``lora`` =
             low-rank adapters and the rows of marker and latent tokens (needs peft); ``frozen`` = those rows alone. With

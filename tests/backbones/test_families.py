@@ -62,10 +62,11 @@ def prompts(padding, batch=3, width=6, length=5):
 
 def statistics(lm, method, padding, chunk=None, grad=True):
     """A scalar that depends on every real hidden state, its value and its gradients."""
-    prefix, prefix_mask, suffix, suffix_mask = prompts(padding)
+    device = next(lm.parameters()).device
+    prefix, prefix_mask, suffix, suffix_mask = (given.to(device) for given in prompts(padding))
     output = run_branches(lm, prefix, prefix_mask, suffix, suffix_mask, method, chunk)
     hidden = output.hidden * suffix_mask[:, None, :, None]
-    weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))
+    weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2)).to(device)
     total = (hidden.sin() * weights).sum() + (output.router_hidden.sin() * weights[:, 0, 0]).sum()
     grads = torch.autograd.grad(total, list(lm.parameters()), allow_unused=True) if grad else ()
     return hidden.detach(), output.router_hidden.detach(), grads
@@ -79,7 +80,12 @@ def assert_equal_gradients(lm, found, expected):
 
 
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
-@pytest.mark.parametrize(("family", "method"), [(f, m) for f in FAMILIES for m in [*METHODS_OF[f], "repeat"]])
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [(f, m) for f in FAMILIES for m in [*METHODS_OF[f], "repeat"]]
+    + [(f, "packed") for f, methods in METHODS_OF.items() if "grouped" in methods],
+)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_hidden_states_equal_one_unpadded_sequence_at_a_time(family, method, padding):
     lm = build(family).eval()
     prefix, prefix_mask, suffix, suffix_mask = prompts(padding)
@@ -101,6 +107,15 @@ def test_gradients_equal_those_of_repeat(family, method, padding):
     found, expected = (statistics(lm, m, padding) for m in (method, "repeat"))
     torch.testing.assert_close(found[:2], expected[:2], atol=2e-5, rtol=1e-4)
     assert_equal_gradients(lm, found[2], expected[2])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has no backward pass on a CPU")
+def test_gradients_of_packed_branches_equal_those_of_repeat():
+    for family in ("gpt2", "llama", "qwen2"):
+        lm = build(family).cuda()
+        found, expected = (statistics(lm, method, "left") for method in ("packed", "repeat"))
+        torch.testing.assert_close(found[:2], expected[:2], atol=2e-4, rtol=1e-3)
+        assert_equal_gradients(lm, found[2], expected[2])
 
 
 @pytest.mark.parametrize(("method", "family"), [("cache", "gemma2"), ("grouped", "gpt2"), ("repeat", "lfm2")])
@@ -169,6 +184,15 @@ def test_a_chosen_attention_function_leaves_ordinary_use_alone():
 def test_grouped_refuses_what_it_would_get_wrong():
     with pytest.raises(ValueError, match="use cache or repeat"):
         statistics(build("mistral"), "grouped", "left")
+    with pytest.raises(ValueError, match="branch_method=packed needs SDPA"):
+        statistics(build("gemma2"), "packed", "left")
+    with pytest.raises(ValueError, match="branch_method=packed trains on a GPU only"):
+        statistics(build("llama"), "packed", "left")
+    lm = build("llama").train()
+    for layer in lm.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    with pytest.raises(ValueError, match="no attention dropout"):
+        statistics(lm, "packed", "left")
     with pytest.raises(ValueError, match="num_latent_chunk"):
         statistics(build("llama"), "repeat", "left", 0)
 
