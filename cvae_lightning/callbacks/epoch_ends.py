@@ -12,8 +12,16 @@ class EpochEnds(Callback):
 
     Lightning resumes there without starting its count of the epoch's batches anew: the next epoch would draw other
     seeds, and accumulate gradients over other batches, than in the run that was never stopped. It does resume exactly
-    from a file saved at the last batch of an epoch, so the counts of the file are turned into those.
+    from a file saved at the last batch of an epoch, so the counts of the file are turned into those. From either, it
+    does not count the next epoch as begun, and what it then saves at that epoch's last batch looks like an epoch that
+    is over: the count is put right.
     """
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        """Count the epoch of this batch as begun."""
+        progress = trainer.fit_loop.epoch_progress
+        for count in (progress.total, progress.current):
+            count.ready = count.started = count.processed + 1
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Change the counts before the loops read them."""
