@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loops.progress import _ProcessedTracker
 
 
 class EpochEnds(Callback):
@@ -21,6 +22,7 @@ class EpochEnds(Callback):
         """Count the epoch of this batch as begun."""
         progress = trainer.fit_loop.epoch_progress
         for count in (progress.total, progress.current):
+            assert isinstance(count, _ProcessedTracker)
             count.ready = count.started = count.processed + 1
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
