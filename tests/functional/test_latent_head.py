@@ -215,3 +215,20 @@ def test_shapes_that_do_not_fit_are_refused():
         latent_token_stats(hidden, weight, targets[:, :-1])
     with pytest.raises(ValueError, match=r"lm_head_weight must have shape \[V, 5\]"):
         latent_token_stats(hidden, weight.t(), targets)
+
+
+@pytest.mark.parametrize("pieces", [{}, TINY], ids=["plain", "chunked"])
+def test_words_that_the_bias_forbids(pieces):
+    """A whole block of the vocabulary may have logits of -inf."""
+    hidden, weight, bias, targets = inputs()
+    allowed = slice(8, None)
+    targets = torch.where(targets >= 0, targets % 3 + 8, targets)
+    bias[:8] = -torch.inf
+    results = []
+    for rows in (slice(None), allowed):
+        leaf = hidden.clone().requires_grad_()
+        shifted = targets - 8 * (rows == allowed) * (targets >= 0)
+        nll, _ = latent_token_stats(leaf, weight[rows], shifted, bias=bias[rows], need_jsd=False, **pieces)
+        nll.sin().sum().backward()
+        results.append((nll, leaf.grad))
+    torch.testing.assert_close(*results)
