@@ -78,7 +78,7 @@ class ChunkedHead(torch.autograd.Function):
             for i, block in enumerate(blocks):
                 tile = _logits(states, weight, bias, block, settings, buffer[i % kept])
                 index, inside = _within(chosen, block, latents)
-                target_logits[:, part] += tile.gather(-1, index).squeeze(-1) * inside
+                target_logits[:, part] += tile.gather(-1, index).squeeze(-1).where(inside, 0)
                 sums.append(log_sum(tile))
                 tiles.append(tile)
             lse[:, part] = torch.stack(sums).logsumexp(0)
