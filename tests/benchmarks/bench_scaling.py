@@ -17,7 +17,7 @@ from cvae_lightning.modules import SharedDiscreteCVAE
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 AXES: dict[str, dict[str, Any]] = {
     "K": {"values": (2, 4, 8, 16, 32, 64), "time": 1.05, "memory": 0.1, "chunk": 2},
@@ -88,10 +88,12 @@ def draw(curves: dict[str, tuple[Any, list[float], list[float]]]) -> None:
         for row, (what, unit) in enumerate((("step time", "s"), ("extra memory", "MB"))):
             panel, y = panels[row][column], measured[row]
             panel.loglog(values, y, "o-")
-            panel.set_xticks(values, [f"{value / 1000:g}k" if value >= 1000 else f"{value:g}" for value in values])
+            panel.set_xticks(values, [f"{value // 1000}k" if value % 1000 == 0 else f"{value}" for value in values])
             panel.xaxis.set_minor_locator(NullLocator())
+            panel.set_ylim(min(y) / 2, 2 * max(y))
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_minor_locator(NullLocator())
             panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            panel.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             panel.tick_params(labelsize=8)
             panel.set_xlabel(axis)
             panel.set_ylabel(f"{what} [{unit}]")

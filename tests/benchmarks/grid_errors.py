@@ -1,6 +1,6 @@
 """Which records of grid_pathfinding the exact posterior gets wrong, by what is true of their inputs.
 
-    python tests/benchmarks/grid_errors.py .../grid_pathfinding/exact_posterior/seed1/checkpoints/last.ckpt
+python tests/benchmarks/grid_errors.py .../grid_pathfinding/exact_posterior/seed1/checkpoints/last.ckpt
 """
 
 from __future__ import annotations
