@@ -15,9 +15,11 @@ def inputs(batch=2, latents=3, length=4, width=5, vocab=11, dtype=torch.float64,
     return hidden.to(dtype), weight.to(dtype), bias.to(dtype), targets
 
 
-def naive(hidden, weight, bias, targets):
+def naive(hidden, weight, bias, targets, scale=1.0, softcap=None):
     """All logits in the dtype of the inputs, then fp32, under ordinary autograd."""
-    logits = torch.nn.functional.linear(hidden, weight, bias)
+    logits = torch.nn.functional.linear(hidden, weight, bias) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     chosen = targets.clamp_min(0)[:, None, :, None].expand(-1, hidden.shape[1], -1, 1)
     valid = targets >= 0

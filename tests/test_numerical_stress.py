@@ -6,16 +6,13 @@ import math
 import lightning as L
 import pytest
 import torch
-from tiny import QUIET, RECORDS, all_losses, tiny_artifact
+from tiny import QUIET, RECORDS, all_losses, continuous_losses, tiny_artifact
 
-from cvae_lightning import losses as losses_
 from cvae_lightning.backbones.causal_lm import head_of
 from cvae_lightning.backbones.generation import generate_ids
 from cvae_lightning.functional import jensen_shannon_divergence, latent_token_stats
 from cvae_lightning.modules import ContinuousCVAE, SharedDiscreteCVAE
 from cvae_lightning.outputs import Record
-
-ONLY_DISCRETE = ("router_support_loss",)
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +27,9 @@ def discrete(artifact, **options):
 
 def continuous(artifact, **options):
     torch.manual_seed(3)
-    terms = {name: loss for name, loss in all_losses().items() if name not in ONLY_DISCRETE}
-    terms["posterior_variance_loss"] = losses_.PosteriorVarianceLoss(0.1)
-    return ContinuousCVAE(artifact, terms, **{"latent_dim": 2, "num_samples": 2, "injection": "both"} | options)
+    return ContinuousCVAE(
+        artifact, continuous_losses(), **{"latent_dim": 2, "num_samples": 2, "injection": "both"} | options
+    )
 
 
 BUILDS = pytest.mark.parametrize("build", [discrete, continuous])

@@ -118,6 +118,12 @@ def all_losses():
     }
 
 
+def continuous_losses():
+    """The same of a Gaussian latent, and its own."""
+    terms = {name: loss for name, loss in all_losses().items() if name != "router_support_loss"}
+    return terms | {"posterior_variance_loss": losses_.PosteriorVarianceLoss(0.1)}
+
+
 class TinyData(LightningDataModule):
     """The contract of the data modules, over a handful of records."""
 

@@ -84,7 +84,7 @@ def latent_token_stats(
     bias = None if bias is None else at_least_float32(bias)
     with without_autocast(hidden.device):
         if not need_jsd and liger_wanted(hidden.device):
-            nll, jsd = liger_head(states, weight, bias, chosen, b, t, settings)
+            nll, jsd = liger_head(states[:, b, t], weight, bias, chosen, scale, softcap), None
         else:
             head = _plain_head if settings.fits(latents * len(chosen), weight) else ChunkedHead.apply
             nll, jsd = head(states, weight, bias, chosen, b, t, settings)

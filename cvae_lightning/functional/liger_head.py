@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from packaging.version import Version
 from torch import Tensor
-
-from cvae_lightning.functional.chunked_head import HeadSettings
 
 LIGER_VARIABLE = "CVAE_LIGHTNING_LIGER"
 LEAST_VERSION = "0.8.5"
@@ -24,6 +23,13 @@ def liger_wanted(device: torch.device) -> bool:
     """
     if os.environ.get(LIGER_VARIABLE) != "1" or device.type != "cuda":
         return False
+    _check_version()
+    return True
+
+
+@cache
+def _check_version() -> None:
+    """Look the package up, once where it is right."""
     try:
         found = version("liger-kernel")
     except PackageNotFoundError:
@@ -34,37 +40,31 @@ def liger_wanted(device: torch.device) -> bool:
             f"{LIGER_VARIABLE}=1 needs liger-kernel >= {LEAST_VERSION}, which {have}: "
             f"pip install 'liger-kernel>={LEAST_VERSION}', or unset {LIGER_VARIABLE}"
         )
-    return True
 
 
 def liger_head(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    b: Tensor,
-    t: Tensor,
-    settings: HeadSettings,
-) -> tuple[Tensor, None]:
-    """Return the NLL [K, N] of N targets at (b, t); hidden [K, B, T, D], weight [V, D], bias [V] | None.
+    states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, softcap: float | None
+) -> Tensor:
+    """Return the NLL [K, N] of N targets; states [K, N, D], weight [V, D], bias [V] | None.
 
     The kernel makes the logits of a few rows at a time, and again in the backward pass.
     """
     from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction
 
-    rows = hidden[:, b, t].flatten(0, 1) * settings.scale
+    latents = states.shape[0]
+    rows = states.flatten(0, 1) * scale
     nll, *_ = LigerFusedLinearCrossEntropyFunction.apply(
         rows.to(weight.dtype),
         weight,
-        targets.repeat(hidden.shape[0]),
-        None if bias is None else (bias * settings.scale).to(weight.dtype),
+        targets.repeat(latents),
+        None if bias is None else (bias * scale).to(weight.dtype),
         None,  # weight of a class
         -100,  # ignored target; there is none
         0.0,  # square of the logsumexp
         0.0,  # label smoothing
         "none",
-        settings.softcap,
+        softcap,
         False,  # the square's share apart
         torch.float32,  # of the sum of the weight's gradient
     )
-    return nll.unflatten(0, (hidden.shape[0], -1)), None
+    return nll.unflatten(0, (latents, -1))

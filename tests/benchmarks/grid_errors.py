@@ -8,12 +8,12 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 
-import torch
-from scipy.optimize import linear_sum_assignment
+import numpy as np
 
 from cvae_lightning import SharedDiscreteCVAE
 from cvae_lightning.data import SyntheticDataModule
 from cvae_lightning.data.tasks import GridPathfinding
+from cvae_lightning.metrics.matching import latent_strategies
 
 
 def main() -> None:
@@ -26,15 +26,14 @@ def main() -> None:
     records = SyntheticDataModule(task=task, train_size=200000, val_size=512, test_size=given.records).records("test")
     every = [records[i] for i in range(len(records))]
     model = SharedDiscreteCVAE.load_from_checkpoint(given.checkpoint, map_location="cpu")
-    latents = model.infer([r.x for r in every], [r.y for r in every], posterior="exact").argmax(-1)
-    labels = torch.tensor([r.strategy for r in every])
+    latents = model.infer([r.x for r in every], [r.y for r in every], posterior="exact").argmax(-1).tolist()
     names = task.strategies
-    counts = torch.zeros(model.num_latents, len(names))
-    counts.index_put_((latents, labels), torch.ones(len(every)), accumulate=True)
-    strategy_of = dict(zip(*linear_sum_assignment(-counts.numpy()), strict=True))
+    counts = np.zeros((model.num_latents, len(names)), dtype=int)
+    np.add.at(counts, (latents, [r.strategy for r in every]), 1)
+    strategy_of = latent_strategies(counts)
     kinds: Counter[tuple[str, str]] = Counter()
     wrong: Counter[tuple[str, str]] = Counter()
-    for record, latent in zip(every, latents.tolist(), strict=True):
+    for record, latent in zip(every, latents, strict=True):
         label, found = names[record.strategy], names[strategy_of[latent]]
         open_x = record.x.split("#")[0]
         blocked = any(task.solve(record.x, name) != free.solve(open_x, name) for name in names)

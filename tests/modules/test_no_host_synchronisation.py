@@ -5,12 +5,9 @@ import dataclasses
 import pytest
 import torch
 import transformers.masking_utils
-from tiny import RECORDS, all_losses, tiny_artifact
+from tiny import RECORDS, all_losses, continuous_losses, tiny_artifact
 
-from cvae_lightning import losses as losses_
 from cvae_lightning.modules import ContinuousCVAE, SharedDiscreteCVAE
-
-ONLY_DISCRETE = ("router_support_loss",)
 
 
 @pytest.fixture(scope="module")
@@ -19,16 +16,11 @@ def artifact(tmp_path_factory):
 
 
 def discrete(artifact, **options):
-    terms = all_losses() | {
-        "free_energy_loss": losses_.FreeEnergyLoss(),
-        "aggregate_posterior_balance_loss": losses_.AggregatePosteriorBalanceLoss(),
-    }
-    return SharedDiscreteCVAE(artifact, terms, num_latents=3, **options)
+    return SharedDiscreteCVAE(artifact, all_losses(), num_latents=3, **options)
 
 
 def continuous(artifact, **options):
-    terms = {name: loss for name, loss in all_losses().items() if name not in ONLY_DISCRETE}
-    return ContinuousCVAE(artifact, terms, latent_dim=2, num_samples=2, injection="both", **options)
+    return ContinuousCVAE(artifact, continuous_losses(), latent_dim=2, num_samples=2, injection="both", **options)
 
 
 @pytest.mark.parametrize(
