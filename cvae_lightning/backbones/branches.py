@@ -14,7 +14,14 @@ from cvae_lightning.backbones.branch_choice import choose_branch_method
 from cvae_lightning.backbones.branch_inputs import BranchInputs, BranchOutput
 from cvae_lightning.backbones.causal_lm import decoder_of
 from cvae_lightning.backbones.conditioning import LatentNorms, check_norm_branches
-from cvae_lightning.backbones.grouped_attention import run_grouped, run_packed
+from cvae_lightning.backbones.grouped_attention import (
+    ContinuedBranches,
+    number_of_parts,
+    run_grouped,
+    run_packed,
+    supports_grouped,
+    told,
+)
 
 __all__ = ["BranchInputs", "BranchMethod", "BranchOutput", "run_branches"]
 
@@ -130,10 +137,13 @@ def _continue(lm: Any, inputs: BranchInputs, cache: Any) -> Tensor:
     branch_cache = copy.copy(cache)
     branch_cache.layers = [copy.copy(layer) for layer in cache.layers]
     branch_cache.batch_repeat_interleave(inputs.num_latents)  # differentiable
+    attention = {"attention_mask": inputs.branch_mask}
+    if number_of_parts(inputs.suffix.shape[2]) > 1 and supports_grouped(lm):
+        attention = told(lm, ContinuedBranches.of(inputs))  # computes no scores that a mask would take off again
     with inputs.conditioning():
         output = decoder_of(lm)(
             **inputs.named(inputs.suffix.flatten(0, 1)),
-            attention_mask=inputs.branch_mask,
+            **attention,
             position_ids=inputs.suffix_positions.repeat_interleave(inputs.num_latents, 0),
             past_key_values=branch_cache,
             use_cache=True,

@@ -1,7 +1,7 @@
-"""Prefix and branches as one sequence in one call, by an attention function that keeps the branches apart.
+"""An attention function that knows of branches: in one sequence with their prefix, or continued from a cache.
 
 The sequence is ``prefix, branch 1, ..., branch K``. Prefix tokens attend to the prefix, the tokens of a branch to
-the prefix and to their own branch. No score between two branches is computed.
+the prefix and to their own branch. No score between two branches is computed, and few of later tokens.
 Source: the grouping of Liu et al. 2025 (arXiv 2506.05433), for the branches of one latent.
 """
 
@@ -19,6 +19,53 @@ from cvae_lightning.backbones.causal_lm import decoder_of
 
 NAME = "latent_branches"
 """Name of the attention function; without branches it is SDPA, so a model may keep it."""
+QUERIES = 192
+"""Queries of a branch that attend at a time, about."""
+
+
+def number_of_parts(length: int) -> int:
+    """Return in how many parts of about ``QUERIES`` so many queries attend."""
+    return max(1, round(length / QUERIES))
+
+
+def branch_mask(inputs: BranchInputs) -> Tensor:
+    """Return what the branches attend to, [B * K, 1, S, P + S]; every query sees at least itself."""
+    prefix = inputs.prefix_mask[:, None].expand(-1, inputs.suffix_mask.shape[1], -1)
+    mask = torch.cat([prefix, _causal(inputs.suffix_mask)], -1)
+    return mask.repeat_interleave(inputs.num_latents, 0)[:, None]
+
+
+def _causal(mask: Tensor) -> Tensor:
+    """Return what the tokens of a mask [B, L] attend to among themselves, [B, L, L]."""
+    causal = torch.ones(2 * [mask.shape[1]], dtype=torch.bool, device=mask.device).tril()
+    return causal & mask[:, None] | causal & causal.t()
+
+
+def attend_in_parts(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Return SDPA of queries that belong to the last of the keys, some queries at a time, which see no later key.
+
+    Under a mask the kernels compute every score, those of later keys too: half of all where a branch is long.
+
+    Shape:
+        query: [B, heads, L, d]; key, value: [B, heads or fewer, P + L, d]; mask: [B, 1, L, P + L] -> [B, L, heads, d].
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    length = query.shape[2]
+    count = number_of_parts(length)
+    if count == 1:
+        return sdpa_attention_forward(module, query, key, value, mask, *args, **kwargs)[0]
+    if (groups := query.shape[1] // key.shape[1]) > 1:  # once, not in every part; without the module it is not repeated
+        key, value, module = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), None
+    first, size, found = key.shape[2] - length, -(-length // count), []
+    for start in range(0, length, size):
+        rows, seen = slice(start, start + size), slice(first + start + size)
+        part = mask[:, :, rows, seen]
+        given = query[:, :, rows], key[:, :, seen], value[:, :, seen]
+        found.append(sdpa_attention_forward(module, *given, part, *args, **kwargs)[0])
+    return torch.cat(found, 1)
 
 
 @dataclass(frozen=True)
@@ -35,18 +82,8 @@ class Branches:
 
     @classmethod
     def of(cls, inputs: BranchInputs) -> Branches:
-        """Build the masks; every query sees at least itself, so that no softmax is empty."""
-        prefix, suffix, latents = inputs.prefix_mask, inputs.suffix_mask, inputs.num_latents
-        length = suffix.shape[1]
-        causal = torch.ones(2 * [max(inputs.width, length)], dtype=torch.bool, device=prefix.device).tril()
-        diagonal = causal & causal.t()
-
-        def own(mask: Tensor) -> Tensor:  # [B, L] -> [B, L, L]
-            size = mask.shape[1]
-            return causal[:size, :size] & mask[:, None] | diagonal[:size, :size]
-
-        branch = torch.cat([prefix[:, None].expand(-1, length, -1), own(suffix)], -1)
-        return cls(latents, own(prefix)[:, None], branch.repeat_interleave(latents, 0)[:, None])
+        """Build the masks."""
+        return cls(inputs.num_latents, _causal(inputs.prefix_mask)[:, None], branch_mask(inputs))
 
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
@@ -56,8 +93,6 @@ class Branches:
         Shape:
             query, key, value: [B, heads, P + K * S, d] -> [B, P + K * S, heads, d].
         """
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
         latents, width, length = self.num_latents, self.prefix_mask.shape[-1], self.branch_mask.shape[-2]
 
         def own(states: Tensor) -> Tensor:  # -> [B, K, heads, S, d]
@@ -67,30 +102,40 @@ class Branches:
             shared = states[:, None, :, :width].expand(-1, latents, -1, -1, -1)
             return torch.cat([shared, own(states)], 3).flatten(0, 1)
 
-        before, _ = sdpa_attention_forward(
-            module,
-            query[:, :, :width],
-            key[:, :, :width],
-            value[:, :, :width],
-            self.prefix_mask,
-            *args,
-            **kwargs,
-        )  # [B, P, heads, d]
-        behind, _ = sdpa_attention_forward(
-            module,
-            own(query).flatten(0, 1),
-            with_prefix(key),
-            with_prefix(value),
-            self.branch_mask,
-            *args,
-            **kwargs,
-        )  # [B * K, S, heads, d]
+        shared = (states[:, :, :width] for states in (query, key, value))
+        before = attend_in_parts(module, *shared, self.prefix_mask, *args, **kwargs)  # [B, P, heads, d]
+        queries = own(query).flatten(0, 1)
+        behind = attend_in_parts(  # [B * K, S, heads, d]
+            module, queries, with_prefix(key), with_prefix(value), self.branch_mask, *args, **kwargs
+        )
         return torch.cat([before, behind.unflatten(0, (-1, latents)).flatten(1, 2)], 1), None
 
 
 @dataclass(frozen=True)
+class ContinuedBranches:
+    """Branches in the rows of a batch, behind the keys and values of the prefix that a cache holds.
+
+    Shape:
+        mask: [B * K, 1, S, P + S] bool.
+    """
+
+    mask: Tensor
+
+    @classmethod
+    def of(cls, inputs: BranchInputs) -> ContinuedBranches:
+        """Build the mask."""
+        return cls(branch_mask(inputs))
+
+    def attend(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """Attend to prefix and branch, [B * K, heads, S, d] -> [B * K, S, heads, d]."""
+        return attend_in_parts(module, query, key, value, self.mask, *args, **kwargs), None
+
+
+@dataclass(frozen=True)
 class PackedBranches:
-    """The same layout as one mask in blocks of 128 x 128, most of which FlexAttention never visits: no key is copied.
+    """As :class:`Branches`, by one mask in blocks of 128 x 128: FlexAttention skips most of them and copies no key.
 
     Source: Dong et al. 2024 (arXiv 2412.05496).
     """
@@ -153,7 +198,7 @@ def branch_attention(
     """Attend within prefix and branches where ``branches`` is given, else as SDPA does."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    branches: Branches | PackedBranches | None = kwargs.pop("branches", None)
+    branches: Branches | ContinuedBranches | PackedBranches | None = kwargs.pop("branches", None)
     if branches is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
     kwargs.pop("is_causal", None)
@@ -185,8 +230,21 @@ def _register() -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
+def told(lm: Any, branches: Branches | ContinuedBranches | PackedBranches) -> dict[str, Any]:
+    """Return the arguments that tell a model of its branches; its attention function is set for good.
+
+    Recomputation under gradient checkpointing needs it again.
+    """
+    if lm.config._attn_implementation != NAME:
+        _register()
+        lm.set_attn_implementation(NAME)
+    device = lm.get_input_embeddings().weight.device
+    taken_as_it_is = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)  # for having four dimensions
+    return {"attention_mask": taken_as_it_is, "branches": branches}
+
+
 def run_grouped(lm: Any, inputs: BranchInputs) -> BranchOutput:
-    """Read prefix and branches in one call. The model's attention function stays set, as recomputation needs it."""
+    """Read prefix and branches in one call."""
     return _run(lm, inputs, Branches, "grouped")
 
 
@@ -201,18 +259,14 @@ def _run(lm: Any, inputs: BranchInputs, layout: type[Branches | PackedBranches],
             f"branch_method={method} needs SDPA attention over the whole prefix, which {type(lm).__name__} does not "
             "offer: use cache or repeat"
         )
-    if lm.config._attn_implementation != NAME:
-        _register()
-        lm.set_attn_implementation(NAME)
     decoder = decoder_of(lm)
     tokens = torch.cat([inputs.prefix_like_suffix(decoder), inputs.suffix.flatten(1, 2)], 1)
     positions = torch.cat([inputs.prefix_positions, inputs.suffix_positions.repeat(1, inputs.num_latents)], -1)
     hidden = decoder(
         **inputs.named(tokens),
-        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device),  # 4-D: taken as it is
+        **told(lm, layout.of(inputs)),
         position_ids=positions,
         use_cache=False,
-        branches=layout.of(inputs),
     ).last_hidden_state
     branches = hidden[:, inputs.width :].unflatten(1, (inputs.num_latents, -1))
     return BranchOutput(branches, hidden[:, inputs.width - 1])

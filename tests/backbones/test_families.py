@@ -1,8 +1,12 @@
 """Every way of running branches over families of models: equal to one unpadded sequence at a time, gradients too."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers.integrations import sdpa_attention
 
+from cvae_lightning.backbones import grouped_attention
 from cvae_lightning.backbones.branch_choice import candidate_methods
 from cvae_lightning.backbones.branches import METHODS, run_branches
 from cvae_lightning.backbones.causal_lm import build_causal_lm, decoder_of
@@ -100,13 +104,39 @@ def test_hidden_states_equal_one_unpadded_sequence_at_a_time(family, method, pad
                 torch.testing.assert_close(router_hidden[i], alone[len(start) - 1], atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("queries", [192, 2])
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 @pytest.mark.parametrize(("family", "method"), [(f, m) for f, methods in METHODS_OF.items() for m in methods])
-def test_gradients_equal_those_of_repeat(family, method, padding):
+def test_gradients_equal_those_of_repeat(family, method, padding, queries, monkeypatch):
+    expected = statistics(build(family), "repeat", padding)
+    monkeypatch.setattr(grouped_attention, "QUERIES", queries)
     lm = build(family)
-    found, expected = (statistics(lm, m, padding) for m in (method, "repeat"))
+    found = statistics(lm, method, padding)
     torch.testing.assert_close(found[:2], expected[:2], atol=2e-5, rtol=1e-4)
     assert_equal_gradients(lm, found[2], expected[2])
+    if queries == 2:
+        parts = "grouped" in METHODS_OF[family]
+        assert (lm.config._attn_implementation == grouped_attention.NAME) == parts
+
+
+@pytest.mark.parametrize(("length", "parts"), [(1, 1), (287, 1), (289, 2), (1027, 5)])
+def test_long_branches_attend_in_parts_that_see_no_later_key(length, parts, monkeypatch):
+    scores = []
+    whole = sdpa_attention.sdpa_attention_forward
+
+    def counted(module, query, key, *others, **options):
+        scores.append(query.shape[2] * key.shape[2])
+        return whole(module, query, key, *others, **options)
+
+    monkeypatch.setattr(sdpa_attention, "sdpa_attention_forward", counted)
+    query, key = torch.randn(1, 2, length, 4), torch.randn(1, 1, 3 + length, 4)
+    mask = torch.ones(length, 3 + length, dtype=torch.bool).tril(3)[None, None]
+    module = SimpleNamespace(num_key_value_groups=2)
+    found = grouped_attention.attend_in_parts(module, query, key, key, mask)
+    assert len(scores) == parts
+    assert sum(scores) <= length * (3 + length) * (0.51 + 0.5 / parts)
+    scores.clear()
+    torch.testing.assert_close(found, counted(module, query, key, key, mask)[0])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has no backward pass on a CPU")
