@@ -196,7 +196,7 @@ class SharedDiscreteCVAE(DiscreteUse):
             amortized_log_probs=amortized_log_probs,
             token_nll=token_nll,
             y_mask=batch.y_mask,
-            temperature=token_nll.new_tensor(self.posterior_temperature),
+            temperature=token_nll.new_tensor(self.temperature),
             c_base=None if self.c_base is None else token_nll.new_tensor(self.c_base),
             baseline_nll=self.baseline_nll(batch) if "baseline_nll" in fields else None,
             inter_latent_jsd=inter_latent_jsd,
@@ -245,16 +245,24 @@ class SharedDiscreteCVAE(DiscreteUse):
         if self.posterior_kind == "amortized":
             assert amortized_log_probs is not None
             return amortized_log_probs
-        log_q = exact_posterior(router_log_probs, token_nll.sum(-1), self.posterior_temperature)
+        log_q = exact_posterior(router_log_probs, token_nll.sum(-1), self.temperature)
         if self.lm.training and has_dropout(self.lm):
             with torch.no_grad(), evaluating(self.lm):
                 branches = self.encode(batch)
                 clean_nll, _ = self.generator(branches, batch, need_jsd=False)
-                clean = exact_posterior(self.router(branches), clean_nll.sum(-1), self.posterior_temperature)
+                clean = exact_posterior(self.router(branches), clean_nll.sum(-1), self.temperature)
             log_q = log_q + (clean - log_q.detach())
         if (share := self.seed_share) > 0 and amortized_log_probs is not None:
             log_q = (share * amortized_log_probs.detach() + (1 - share) * log_q).log_softmax(-1)
         return log_q
+
+    @property
+    def temperature(self) -> float:
+        """``posterior_temperature``; more in the first steps of a seeded run."""
+        seeding, final = self.seeding, self.posterior_temperature
+        if not self.training or seeding is None or (now := seeding.temperature(self.global_step, final)) == final:
+            return final
+        return now if bool(self.seeded) else final
 
     @property
     def seed_share(self) -> float:
@@ -273,6 +281,8 @@ class SharedDiscreteCVAE(DiscreteUse):
 
     def on_train_start(self) -> None:
         """Let the seeding say where the latents start, before the first step, unless a checkpoint has said it."""
+        if self.seeding is not None:
+            self.seeding.bound(self.trainer.estimated_stepping_batches)
         if self.seeding is not None and self.global_step == 0 and not bool(self.seeded):
             counts = self.seeding.start(self)
             if counts is not None:

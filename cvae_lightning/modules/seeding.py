@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from cvae_lightning.backbones.causal_lm import evaluating
 from cvae_lightning.backbones.generation import generate_ids
 from cvae_lightning.backbones.solution_features import solution_features
-from cvae_lightning.modules.solution_clusters import cluster, combine, environments_of
+from cvae_lightning.modules.solution_clusters import cluster, combine, environments_of, spread
 from cvae_lightning.outputs import Record
 from cvae_lightning.progress import progress
 from cvae_lightning.spec import HasSpec
@@ -42,15 +42,21 @@ class LatentSeeding(HasSpec):
        simply, about y given x. The posterior network learns (x, y) -> cluster in ``posterior_steps``.
     4. In the first ``hold_steps`` training steps the objective is weighed by that posterior, fading into the module's
        own over the second half of them; from then on the seeds play no part.
+    5. In the first ``anneal_steps`` the temperature falls from 1 to the module's own. A sharp posterior would leave two
+       such ways with one latent: another never gets a share of them, and never learns them. At 1 it gets one as soon
+       as it begins to explain them.
 
     No label is used, and nothing but inputs is read from the data. Source: this package; the within-input centring is
-    the fixed-effects estimator (Mundlak 1978, doi 10.2307/1913646).
+    the fixed-effects estimator (Mundlak 1978, doi 10.2307/1913646), and the temperature that falls is deterministic
+    annealing (Ueda & Nakano 1998, doi 10.1016/S0893-6080(97)00133-0).
 
     Args:
         num_inputs: training records whose inputs are solved, each input once.
         num_solutions: solutions drawn for each of them, at least 2; a few times K.
         posterior_steps: optimizer steps of 64 solutions for the posterior network.
         hold_steps: training steps over which the seeds fade.
+        anneal_steps: training steps over which the temperature falls, linearly; no more than 2/5 of the run; 0 = it is
+            the module's from the start.
         seed: of sampling and clustering; null = the run's own (``seed_everything``).
 
     Raises:
@@ -63,6 +69,7 @@ class LatentSeeding(HasSpec):
         num_solutions: int = 16,
         posterior_steps: int = 200,
         hold_steps: int = 150,
+        anneal_steps: int = 600,
         seed: int | None = None,
     ) -> None:
         for name, value, least in (
@@ -70,6 +77,7 @@ class LatentSeeding(HasSpec):
             ("num_solutions", num_solutions, 2),
             ("posterior_steps", posterior_steps, 1),
             ("hold_steps", hold_steps, 1),
+            ("anneal_steps", anneal_steps, 0),
         ):
             if value < least:
                 raise ValueError(f"seeding.{name} must be at least {least}, got {value}")
@@ -77,6 +85,8 @@ class LatentSeeding(HasSpec):
         self.num_solutions = num_solutions
         self.posterior_steps = posterior_steps
         self.hold_steps = hold_steps
+        self.anneal_steps = anneal_steps
+        self._anneal_steps: float = anneal_steps  # in a run whose length is known
         self.seed = seed
         self.points: Tensor | None = None
         """What was clustered, its first two principal components, [N, 2]; for pictures."""
@@ -91,6 +101,15 @@ class LatentSeeding(HasSpec):
     def share(self, step: int) -> float:
         """Return the share of the seeded posterior in the one that weighs the objective: 1, then falling to 0."""
         return max(0.0, min(1.0, 2 * (1 - step / self.hold_steps)))
+
+    def temperature(self, step: int, final: float) -> float:
+        """Return the temperature of a training step, on its way from 1 to ``final``."""
+        left = 1 - step / self._anneal_steps if step < self._anneal_steps else 0.0
+        return final + left * max(0.0, 1 - final)
+
+    def bound(self, total_steps: float) -> None:
+        """Let the temperature reach the module's in good time in a run of so many optimizer steps."""
+        self._anneal_steps = min(self.anneal_steps, 0.4 * total_steps)
 
     def start(self, module: SharedDiscreteCVAE) -> Tensor | None:
         """Seed on rank zero and give every rank the result.
@@ -159,7 +178,8 @@ class LatentSeeding(HasSpec):
             f"seeding: {len(solutions)} solutions in clusters of {shown} by {found.view}; "
             f"they tell {found.information:.3f} nats about y given x"
         )
-        self.teach(module, solutions, self.clusters)
+        texts = [solution.y for solution in solutions]
+        self.teach(module, solutions, spread(self.clusters, texts, module.num_latents, self.num_solutions))
         return sizes
 
     def centre(self, features: Tensor) -> Tensor:
@@ -225,8 +245,8 @@ class LatentSeeding(HasSpec):
             kept += [record if fit else next(others) for record, fit in zip(drawn, fits, strict=True) if readable]
         return [replace(record, index=i) for i, record in enumerate(kept)]
 
-    def teach(self, module: SharedDiscreteCVAE, solutions: Sequence[Record], clusters: Tensor) -> None:
-        """Fit the posterior network to the clusters by cross-entropy."""
+    def teach(self, module: SharedDiscreteCVAE, solutions: Sequence[Record], targets: Tensor) -> None:
+        """Fit the posterior network to the shares of the clusters, [N, K], by cross-entropy."""
         parameters = [p for p in module.posterior_network.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=module.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
         source = torch.Generator().manual_seed(self.run_seed)
@@ -234,7 +254,8 @@ class LatentSeeding(HasSpec):
         for _ in progress(range(self.posterior_steps), "seeding: posterior", module.shows_progress):
             rows = torch.randint(len(solutions), (64,), generator=source).tolist()
             batch = template.collate([solutions[i] for i in rows]).to(module.device)
-            loss = nn.functional.nll_loss(module.amortized_posterior(batch), clusters[rows].to(module.device))
+            wanted = targets[rows].to(module.device)
+            loss = -(wanted * module.amortized_posterior(batch)).sum(-1).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

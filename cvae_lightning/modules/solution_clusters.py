@@ -121,6 +121,39 @@ def cluster(
     return best
 
 
+def spread(labels: Tensor, solutions: Sequence[str], count: int, group: int) -> Tensor:
+    """Return targets for labels [N * M], shares of the K clusters: undecided where different solutions share a cluster.
+
+    An input that is solved in at most K ways has room for each of them. Where two of its ways are in one cluster and
+    another cluster has none, the points do not tell which way belongs to which: the solutions of the shared cluster are
+    put to it and to those without any in equal parts. A solution that was drawn once may be an accident, and is no way.
+    Where solutions hardly repeat, as longer texts do, nothing is spread.
+
+    Shape:
+        labels: [N * M] int64 -> [N * M, K] fp32.
+
+    Args:
+        labels: clusters of the solutions, M solutions of an input in a row.
+        solutions: their texts.
+        count: K.
+        group: M.
+    """
+    shares = torch.nn.functional.one_hot(labels, count).float()
+    for start in range(0, len(labels), group):
+        rows = labels[start : start + group]
+        drawn = Counter(zip(solutions[start : start + group], rows.tolist(), strict=True))
+        ways = Counter(label for (_, label), times in drawn.items() if times > 1)
+        empty = [label for label in range(count) if label not in ways]
+        if ways.total() > count or not empty:
+            continue
+        for label in (label for label, number in ways.items() if number > 1):
+            among = [label, *empty]
+            undecided = torch.zeros(count)
+            undecided[among] = 1 / len(among)
+            shares[start : start + group][rows == label] = undecided
+    return shares
+
+
 def environments_of(inputs: Tensor, tokens: Sequence[Sequence[int]], seed: int) -> list[Labels]:
     """Return groups [N] of the inputs: by their features, and by each of the first and last tokens of x.
 

@@ -71,6 +71,7 @@ class Alone:
 
     is_global_zero = True
     progress_bar_callback = None
+    estimated_stepping_batches = 100
     strategy = SimpleNamespace(broadcast=lambda value: value)
 
     def __init__(self, records=RECORDS, global_step=0):
@@ -273,6 +274,36 @@ def test_fewer_different_points_than_clusters_are_none(kinds, count, enough):
     assert (cluster({"hidden": points}, count, 3, seed=0) is not None) == enough
 
 
+@pytest.mark.parametrize(
+    ("solutions", "labels", "undecided"),
+    [
+        ("aabbccdd", [0, 0, 1, 1, 2, 2, 3, 3], {}),
+        ("aabbccdd", [0, 0, 0, 0, 2, 2, 1, 1], {0: [0, 3]}),
+        ("abababcc", [2, 2, 2, 2, 2, 2, 0, 0], {2: [1, 2, 3]}),
+        ("aabbccde", [0, 0, 0, 0, 2, 2, 1, 3], {0: [0, 1, 3]}),  # d and e may be accidents
+        ("aabccddd", [0, 0, 0, 1, 1, 2, 2, 2], {}),  # b may be one
+        ("aabbccdd", [0, 0, 0, 0, 0, 0, 0, 0], {0: [0, 1, 2, 3]}),
+        ("aabbccddee", [0, 0, 0, 0, 1, 1, 2, 2, 2, 2], {}),  # more ways than clusters
+        ("abcdefgh", [0, 0, 0, 0, 1, 1, 1, 2], {}),  # no solution twice
+    ],
+)
+def test_ways_that_share_a_cluster_are_left_undecided_while_another_has_none(solutions, labels, undecided):
+    labels = torch.tensor(labels)
+    found = solution_clusters.spread(labels, list(solutions), 4, len(labels))
+    for row, label in zip(found, labels.tolist(), strict=True):
+        among = undecided.get(label, [label])
+        assert row[among].tolist() == pytest.approx([1 / len(among)] * len(among))
+        assert float(row.sum()) == pytest.approx(1)
+
+
+def test_inputs_are_left_undecided_one_by_one():
+    decided, shared = [0, 0, 1, 1], [2, 2, 2, 2]
+    found = solution_clusters.spread(torch.tensor(decided + shared), [*"aabb", *"aabb"], 3, 4)
+    assert found[:4].argmax(-1).tolist() == decided
+    assert found[:4].max(-1).values.tolist() == [1.0] * 4
+    torch.testing.assert_close(found[4:], torch.full((4, 3), 1 / 3))
+
+
 # Solutions.
 
 
@@ -379,16 +410,16 @@ def test_records_that_are_left_out_of_training_are_not_solved(artifact, monkeypa
 def test_the_posterior_learns_the_clusters_and_nothing_else_changes(artifact, monkeypatch):
     taught, teach = [], LatentSeeding.teach
 
-    def score(model, solutions, clusters):
+    def score(model, solutions, targets):
         batch = model.template.collate(solutions)
         with torch.no_grad():
             log_probs = model.amortized_posterior(batch)
-        return float((log_probs.argmax(-1) == clusters).float().mean())
+        return float((log_probs.argmax(-1) == targets.argmax(-1)).float().mean())
 
-    def watching(seeding, model, solutions, clusters):
-        taught.append(score(model, solutions, clusters))
-        teach(seeding, model, solutions, clusters)
-        taught.append(score(model, solutions, clusters))
+    def watching(seeding, model, solutions, targets):
+        taught.append(score(model, solutions, targets))
+        teach(seeding, model, solutions, targets)
+        taught.append(score(model, solutions, targets))
 
     monkeypatch.setattr(LatentSeeding, "teach", watching)
     model = build(artifact, small(posterior_steps=40))
@@ -441,7 +472,7 @@ def outputs(model, step, training=True):
 
 
 def test_the_seeds_weigh_the_objective_only_while_they_are_held(artifact):
-    model = build(artifact, small(hold_steps=4))
+    model = build(artifact, small(hold_steps=4, anneal_steps=0))
     model.seeded.fill_(True)
     o = outputs(model, 0)
     seeds = o.amortized_log_probs
@@ -456,6 +487,30 @@ def test_the_seeds_weigh_the_objective_only_while_they_are_held(artifact):
     torch.testing.assert_close(outputs(model, 0, training=False).posterior_log_probs, exact)
     model.seeded.fill_(False)
     assert torch.equal(outputs(model, 0).posterior_log_probs, exact)
+
+
+def test_the_temperature_falls_from_one():
+    seeding = small(anneal_steps=4)
+    assert [seeding.temperature(step, 0.2) for step in range(6)] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2, 0.2])
+    assert [small(anneal_steps=0).temperature(step, 0.2) for step in range(2)] == [0.2, 0.2]
+    assert seeding.temperature(0, 2.0) == 2.0
+    seeding.bound(5)  # a run of 5 steps: 2/5 of it
+    assert [seeding.temperature(step, 0.2) for step in range(3)] == pytest.approx([1.0, 0.6, 0.2])
+    seeding.bound(math.inf)
+    assert seeding.temperature(2, 0.2) == pytest.approx(0.6)
+
+
+def test_objective_and_posterior_have_the_temperature_of_the_step_only_in_a_seeded_training(artifact):
+    model = build(artifact, small(hold_steps=1, anneal_steps=4), posterior_temperature=0.2)
+    assert float(outputs(model, 2).temperature) == pytest.approx(0.2)
+    model.seeded.fill_(True)
+    for step, beta in ((2, 0.6), (4, 0.2), (7, 0.2)):
+        o = outputs(model, step)
+        assert float(o.temperature) == pytest.approx(beta)
+        expected = exact_posterior(o.router_log_probs, o.sequence_nll, beta)
+        torch.testing.assert_close(o.posterior_log_probs, expected)
+    assert float(outputs(model, 2, training=False).temperature) == pytest.approx(0.2)
+    assert model.posterior_temperature == 0.2
 
 
 def test_no_gradient_reaches_the_posterior_network_through_the_seeds(artifact):
@@ -637,7 +692,13 @@ def test_the_command_line_seeds(tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize(
     ("name", "value", "least"),
-    [("num_inputs", 0, 1), ("num_solutions", 1, 2), ("posterior_steps", 0, 1), ("hold_steps", -3, 1)],
+    [
+        ("num_inputs", 0, 1),
+        ("num_solutions", 1, 2),
+        ("posterior_steps", 0, 1),
+        ("hold_steps", -3, 1),
+        ("anneal_steps", -1, 0),
+    ],
 )
 def test_bad_numbers_are_named(name, value, least):
     with pytest.raises(ValueError, match=rf"seeding\.{name} must be at least {least}, got {value}"):
