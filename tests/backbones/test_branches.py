@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import CONFIGS, RECORDS, tiny_artifact
 
+from cvae_lightning.backbones import grouped_attention
 from cvae_lightning.backbones.branches import run_branches
 from cvae_lightning.losses import PosteriorDistillationLoss, ReconstructionLoss
 from cvae_lightning.modules import SharedDiscreteCVAE
@@ -67,6 +68,26 @@ def test_methods_give_the_same_gradients(artifact):
     assert grads[0]
     for name, value in grads[0].items():
         torch.testing.assert_close(value, grads[1][name], atol=1e-4 * float(value.abs().max() + 1), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"norm_dim": 2}, {"num_latent_chunk": 2}, {"branch_method": "grouped"}, {"adaptation": "lora"}],
+    ids=lambda options: next(iter(options)),
+)
+def test_attending_in_parts_changes_nothing(artifact, options, monkeypatch):
+    found = []
+    for queries in (192, 2):
+        monkeypatch.setattr(grouped_attention, "QUERIES", queries)
+        model = module(artifact, **options)
+        for linear in model.norms.maps if model.norms else ():
+            torch.nn.init.normal_(linear.weight, std=0.3)
+        outputs = model.compute_outputs(model.template.collate(RECORDS), frozenset())
+        outputs.token_nll.sin().sum().backward()
+        parts = queries == 2 or options.get("branch_method") == "grouped"
+        assert (model.lm.config._attn_implementation == grouped_attention.NAME) == parts
+        found.append((outputs.token_nll, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(found[1], found[0], atol=2e-5, rtol=1e-4)
 
 
 def test_padding_changes_nothing(artifact):
