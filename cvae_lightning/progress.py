@@ -1,9 +1,17 @@
-"""Progress bars that show the time left and vanish when they are done."""
+"""Progress bars that show the time left and vanish when they are done, and how long a run is."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
+from lightning.pytorch import Trainer
 from tqdm.auto import tqdm
+
+
+def steps_of_run(trainer: Trainer) -> float:
+    """Return the optimizer steps of a run from its first one; inf where nobody knows, as with loaders of no length."""
+    total = trainer.estimated_stepping_batches
+    return total if total > 0 else math.inf  # -1 is Lightning's for a loader of no length
 
 
 def progress(items: Iterable[Any], title: str, bar: bool = True, **options: Any) -> Iterable[Any]:

@@ -16,11 +16,12 @@ from cvae_lightning.backbones.causal_lm import decoder_of
 from cvae_lightning.backbones.conditioning import LatentNorms, check_norm_branches
 from cvae_lightning.backbones.grouped_attention import (
     ContinuedBranches,
+    attended_by_branches,
+    attention_arguments,
     number_of_parts,
     run_grouped,
     run_packed,
     supports_grouped,
-    told,
 )
 
 __all__ = ["BranchInputs", "BranchMethod", "BranchOutput", "run_branches"]
@@ -139,7 +140,7 @@ def _continue(lm: Any, inputs: BranchInputs, cache: Any) -> Tensor:
     branch_cache.batch_repeat_interleave(inputs.num_latents)  # differentiable
     attention = {"attention_mask": inputs.branch_mask}
     if number_of_parts(inputs.suffix.shape[2]) > 1 and supports_grouped(lm):
-        attention = told(lm, ContinuedBranches.of(inputs))  # computes no scores that a mask would take off again
+        attention = attention_arguments(lm, ContinuedBranches(), attended_by_branches(inputs))  # fewer scores
     with inputs.conditioning():
         output = decoder_of(lm)(
             **inputs.named(inputs.suffix.flatten(0, 1)),

@@ -20,15 +20,15 @@ from cvae_lightning.backbones.causal_lm import decoder_of
 NAME = "latent_branches"
 """Name of the attention function; without branches it is SDPA, so a model may keep it."""
 QUERIES = 192
-"""Queries of a branch that attend at a time, about."""
+"""Queries that attend at a time, about."""
 
 
 def number_of_parts(length: int) -> int:
-    """Return in how many parts of about ``QUERIES`` so many queries attend."""
-    return max(1, round(length / QUERIES))
+    """Return in how many parts of about ``QUERIES`` so many queries attend; one when compiled, for any length."""
+    return 1 if torch.compiler.is_compiling() else max(1, round(length / QUERIES))
 
 
-def branch_mask(inputs: BranchInputs) -> Tensor:
+def attended_by_branches(inputs: BranchInputs) -> Tensor:
     """Return what the branches attend to, [B * K, 1, S, P + S]; every query sees at least itself."""
     prefix = inputs.prefix_mask[:, None].expand(-1, inputs.suffix_mask.shape[1], -1)
     mask = torch.cat([prefix, _causal(inputs.suffix_mask)], -1)
@@ -83,10 +83,10 @@ class Branches:
     @classmethod
     def of(cls, inputs: BranchInputs) -> Branches:
         """Build the masks."""
-        return cls(inputs.num_latents, _causal(inputs.prefix_mask)[:, None], branch_mask(inputs))
+        return cls(inputs.num_latents, _causal(inputs.prefix_mask)[:, None], attended_by_branches(inputs))
 
     def attend(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
         """Attend once within the prefix and once from the branches, which get copies of the prefix's keys and values.
 
@@ -115,22 +115,15 @@ class Branches:
 class ContinuedBranches:
     """Branches in the rows of a batch, behind the keys and values of the prefix that a cache holds.
 
-    Shape:
-        mask: [B * K, 1, S, P + S] bool.
+    The attention mask [B * K, 1, S, P + S] says the rest: a model that knows nothing of branches goes by it too.
     """
 
-    mask: Tensor
-
-    @classmethod
-    def of(cls, inputs: BranchInputs) -> ContinuedBranches:
-        """Build the mask."""
-        return cls(branch_mask(inputs))
-
     def attend(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
         """Attend to prefix and branch, [B * K, heads, S, d] -> [B * K, S, heads, d]."""
-        return attend_in_parts(module, query, key, value, self.mask, *args, **kwargs), None
+        assert mask is not None
+        return attend_in_parts(module, query, key, value, mask, *args, **kwargs), None
 
 
 @dataclass(frozen=True)
@@ -165,6 +158,7 @@ class PackedBranches:
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        mask: Tensor | None,
         dropout: float = 0.0,
         scaling: float | None = None,
         **kwargs: Any,
@@ -195,14 +189,20 @@ def _flex_attention(compiled: bool) -> Any:
 def branch_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Attend within prefix and branches where ``branches`` is given, else as SDPA does."""
+    """Attend within prefix and branches where ``branches`` is given, else as SDPA does.
+
+    Raises:
+        ValueError: if a model was given ``branches`` and does not hand them on to its attention.
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     branches: Branches | ContinuedBranches | PackedBranches | None = kwargs.pop("branches", None)
     if branches is None:
+        if attention_mask is not None and attention_mask.numel() == 1 < key.shape[2]:
+            raise ValueError(f"{type(module).__name__} is not told of branches: use branch_method=cache or repeat")
         return sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
     kwargs.pop("is_causal", None)
-    return branches.attend(module, query, key, value, *args, **kwargs)
+    return branches.attend(module, query, key, value, attention_mask, *args, **kwargs)
 
 
 def supports_grouped(lm: Any) -> bool:
@@ -230,17 +230,24 @@ def _register() -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def told(lm: Any, branches: Branches | ContinuedBranches | PackedBranches) -> dict[str, Any]:
-    """Return the arguments that tell a model of its branches; its attention function is set for good.
+def attention_arguments(
+    lm: Any, branches: Branches | ContinuedBranches | PackedBranches, mask: Tensor | None = None
+) -> dict[str, Any]:
+    """Return the arguments that tell a model of its branches, and set its attention function, once and for all.
 
-    Recomputation under gradient checkpointing needs it again.
+    It stays, as recomputation under gradient checkpointing needs the function again.
+
+    Args:
+        lm: a causal LM for which :func:`supports_grouped` holds.
+        branches: what its attention is to do.
+        mask: of four dimensions; None = one that says nothing.
     """
     if lm.config._attn_implementation != NAME:
         _register()
         lm.set_attn_implementation(NAME)
-    device = lm.get_input_embeddings().weight.device
-    taken_as_it_is = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)  # for having four dimensions
-    return {"attention_mask": taken_as_it_is, "branches": branches}
+    if mask is None:  # models take a mask of four dimensions as it is
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=lm.get_input_embeddings().weight.device)
+    return {"attention_mask": mask, "branches": branches}
 
 
 def run_grouped(lm: Any, inputs: BranchInputs) -> BranchOutput:
@@ -264,7 +271,7 @@ def _run(lm: Any, inputs: BranchInputs, layout: type[Branches | PackedBranches],
     positions = torch.cat([inputs.prefix_positions, inputs.suffix_positions.repeat(1, inputs.num_latents)], -1)
     hidden = decoder(
         **inputs.named(tokens),
-        **told(lm, layout.of(inputs)),
+        **attention_arguments(lm, layout.of(inputs)),
         position_ids=positions,
         use_cache=False,
     ).last_hidden_state

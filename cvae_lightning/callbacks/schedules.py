@@ -10,6 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from cvae_lightning.progress import steps_of_run
+
 Kind = Literal["constant", "linear", "cosine", "cyclic"]
 
 
@@ -123,7 +125,7 @@ class WeightSchedule(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resolve fractions, check the name, and warn if the run stops before ``end`` is reached."""
-        total = trainer.estimated_stepping_batches
+        total = steps_of_run(trainer)
         self._check_target(pl_module)
         self._begin_steps = self._in_steps(self.begin, total)
         self._duration_steps = self._in_steps(self.duration, total)

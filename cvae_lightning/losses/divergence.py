@@ -130,10 +130,6 @@ class FreeEnergyLoss(LossCallback):
         cost = expected + require(outputs, "temperature") * prior_kl(outputs)
         return cost / (outputs.num_tokens * require(outputs, "c_base"))
 
-    def diagnostics(self, outputs: DiscreteOutputs | ContinuousOutputs) -> dict[str, Tensor]:
-        """Return beta: values of F at two temperatures are of two scales."""
-        return {"temperature": require(outputs, "temperature")}
-
 
 class PosteriorDistillationLoss(LossCallback):
     """Teaches the posterior network the exact posterior, so that inference needs no enumeration.

@@ -26,6 +26,7 @@ from cvae_lightning.functional import latent_token_stats
 from cvae_lightning.modules.base_weights import FORMAT, FORMAT_KEY, WEIGHTS, check_format, load_base
 from cvae_lightning.modules.sharding import Shardable
 from cvae_lightning.outputs import PairBatch
+from cvae_lightning.progress import steps_of_run
 from cvae_lightning.spec import HasSpec, to_plain
 from cvae_lightning.template import PromptTemplate, Text
 from cvae_lightning.trust import find_class, read_checkpoint, rebuild
@@ -80,7 +81,7 @@ class LanguageModule(HasSpec, Shardable):
         ]
         fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.98), fused=fused)
-        total = max(1, int(min(self.trainer.estimated_stepping_batches, 2**53)))
+        total = int(min(steps_of_run(self.trainer), 2**53))
         scheduler = LambdaLR(optimizer, lambda step: self.learning_rate_factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

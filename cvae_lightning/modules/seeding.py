@@ -39,12 +39,13 @@ class LatentSeeding(HasSpec):
        keeps what differs between solutions of one input and loses the input itself. A strategy shifts it in the same
        direction for every x.
     3. They are divided into K clusters, by k-means refined by linear discriminants: those that tell most, and most
-       simply, about y given x. The posterior network learns (x, y) -> cluster in ``posterior_steps``.
+       simply, about y given x. The posterior network learns (x, y) -> cluster in ``posterior_steps``. Where two ways of
+       solving an input are in one cluster and a cluster has none, it learns that they may be of either.
     4. In the first ``hold_steps`` training steps the objective is weighed by that posterior, fading into the module's
        own over the second half of them; from then on the seeds play no part.
     5. In the first ``anneal_steps`` the temperature falls from 1 to the module's own. A sharp posterior would leave two
-       such ways with one latent: another never gets a share of them, and never learns them. At 1 it gets one as soon
-       as it begins to explain them.
+       ways that a cluster joins with one latent for good: another never gets a share of them, and never learns them.
+       At 1 it gets one as soon as it begins to explain them.
 
     No label is used, and nothing but inputs is read from the data. Source: this package; the within-input centring is
     the fixed-effects estimator (Mundlak 1978, doi 10.2307/1913646), and the temperature that falls is deterministic
@@ -55,8 +56,9 @@ class LatentSeeding(HasSpec):
         num_solutions: solutions drawn for each of them, at least 2; a few times K.
         posterior_steps: optimizer steps of 64 solutions for the posterior network.
         hold_steps: training steps over which the seeds fade.
-        anneal_steps: training steps over which the temperature falls, linearly; no more than 2/5 of the run; 0 = it is
-            the module's from the start.
+        anneal_steps: training steps over which the temperature falls, linearly, to the module's if that is below 1; no
+            more than 2/5 of the run. 0 = it is the module's from the start: so where a ``WeightSchedule`` sets it. A
+            further fit of a trained model anneals again.
         seed: of sampling and clustering; null = the run's own (``seed_everything``).
 
     Raises:
@@ -86,7 +88,6 @@ class LatentSeeding(HasSpec):
         self.posterior_steps = posterior_steps
         self.hold_steps = hold_steps
         self.anneal_steps = anneal_steps
-        self._anneal_steps: float = anneal_steps  # in a run whose length is known
         self.seed = seed
         self.points: Tensor | None = None
         """What was clustered, its first two principal components, [N, 2]; for pictures."""
@@ -102,14 +103,9 @@ class LatentSeeding(HasSpec):
         """Return the share of the seeded posterior in the one that weighs the objective: 1, then falling to 0."""
         return max(0.0, min(1.0, 2 * (1 - step / self.hold_steps)))
 
-    def temperature(self, step: int, final: float) -> float:
-        """Return the temperature of a training step, on its way from 1 to ``final``."""
-        left = 1 - step / self._anneal_steps if step < self._anneal_steps else 0.0
-        return final + left * max(0.0, 1 - final)
-
-    def bound(self, total_steps: float) -> None:
-        """Let the temperature reach the module's in good time in a run of so many optimizer steps."""
-        self._anneal_steps = min(self.anneal_steps, 0.4 * total_steps)
+    def anneal_steps_of(self, total_steps: float) -> int:
+        """Return over how many steps the temperature falls in a run of so many optimizer steps, inf = unknown."""
+        return int(min(self.anneal_steps, 0.4 * total_steps))
 
     def start(self, module: SharedDiscreteCVAE) -> Tensor | None:
         """Seed on rank zero and give every rank the result.
@@ -140,7 +136,9 @@ class LatentSeeding(HasSpec):
         return counts
 
     def seed_posterior(self, module: SharedDiscreteCVAE) -> Tensor | None:
-        """Teach the posterior network the clusters; return their sizes [K], None where fewer than K solutions differ.
+        """Teach the posterior network the clusters; return their shares of the solutions [K], in solutions.
+
+        None where fewer than K solutions differ.
 
         Raises:
             ValueError: if a record is longer than the model can read.
@@ -172,15 +170,15 @@ class LatentSeeding(HasSpec):
             )
             return None
         self.clusters, self.points = found.labels, found.points
-        sizes = torch.bincount(self.clusters, minlength=module.num_latents)
-        shown = ", ".join(map(str, sizes.tolist()))
+        shown = ", ".join(map(str, torch.bincount(self.clusters, minlength=module.num_latents).tolist()))
         rank_zero_info(
             f"seeding: {len(solutions)} solutions in clusters of {shown} by {found.view}; "
             f"they tell {found.information:.3f} nats about y given x"
         )
         texts = [solution.y for solution in solutions]
-        self.teach(module, solutions, spread(self.clusters, texts, module.num_latents, self.num_solutions))
-        return sizes
+        shares = spread(self.clusters, texts, module.num_latents, self.num_solutions)
+        self.teach(module, solutions, shares)
+        return shares.sum(0).round().long()
 
     def centre(self, features: Tensor) -> Tensor:
         """Return features [N * M, layers, D] less their mean over the M solutions of an input, [N * M, layers * D].
@@ -246,7 +244,7 @@ class LatentSeeding(HasSpec):
         return [replace(record, index=i) for i, record in enumerate(kept)]
 
     def teach(self, module: SharedDiscreteCVAE, solutions: Sequence[Record], targets: Tensor) -> None:
-        """Fit the posterior network to the shares of the clusters, [N, K], by cross-entropy."""
+        """Fit the posterior network to the clusters' shares of the solutions, [N, K], by cross-entropy."""
         parameters = [p for p in module.posterior_network.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=module.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
         source = torch.Generator().manual_seed(self.run_seed)
@@ -260,6 +258,17 @@ class LatentSeeding(HasSpec):
             loss.backward()
             optimizer.step()
         optimizer.zero_grad()
+
+
+def annealed(step: int, steps: int, final: float) -> float:
+    """Return the temperature of a training step, on its way from 1 to ``final`` over so many steps.
+
+    Example:
+        >>> [round(annealed(step, 4, 0.2), 1) for step in range(6)]
+        [1.0, 0.8, 0.6, 0.4, 0.2, 0.2]
+    """
+    left = 1 - step / steps if step < steps else 0.0
+    return final + left * max(0.0, 1 - final)
 
 
 def unlimited(template: PromptTemplate) -> PromptTemplate:

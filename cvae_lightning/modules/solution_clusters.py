@@ -125,8 +125,8 @@ def spread(labels: Tensor, solutions: Sequence[str], count: int, group: int) -> 
     """Return targets for labels [N * M], shares of the K clusters: undecided where different solutions share a cluster.
 
     An input that is solved in at most K ways has room for each of them. Where two of its ways are in one cluster and
-    another cluster has none, the points do not tell which way belongs to which: the solutions of the shared cluster are
-    put to it and to those without any in equal parts. A solution that was drawn once may be an accident, and is no way.
+    another cluster has no way, the points do not tell which belongs to which: the solutions of the shared cluster are
+    put to it and to those without a way in equal parts. A solution that was drawn once may be an accident: it is none.
     Where solutions hardly repeat, as longer texts do, nothing is spread.
 
     Shape:

@@ -201,6 +201,20 @@ def test_a_method_that_disagrees_is_given_up(monkeypatch):
     torch.testing.assert_close(statistics(lm, "auto", "left")[0], expected[0])  # the choice was kept, and not warned of
 
 
+def test_a_model_that_keeps_its_attention_in_the_dark_goes_by_the_mask(monkeypatch):
+    """Nemotron's layers do not hand arguments on."""
+    monkeypatch.setitem(FAMILIES, "nemotron", {**SMALL, "num_key_value_heads": 1})
+    expected = statistics(build("nemotron"), "repeat", "left")
+    monkeypatch.setattr(grouped_attention, "QUERIES", 2)
+    lm = build("nemotron")
+    found = statistics(lm, "cache", "left")
+    assert lm.config._attn_implementation == grouped_attention.NAME
+    torch.testing.assert_close(found[:2], expected[:2], atol=2e-5, rtol=1e-4)
+    assert_equal_gradients(lm, found[2], expected[2])
+    with pytest.raises(ValueError, match="is not told of branches"):
+        statistics(lm, "grouped", "left")
+
+
 def test_a_chosen_attention_function_leaves_ordinary_use_alone():
     lm = build("qwen2").eval()
     ids, mask = prompts("left")[:2]

@@ -7,7 +7,7 @@ import torch
 import transformers.masking_utils
 from tiny import RECORDS, all_losses, continuous_losses, tiny_artifact
 
-from cvae_lightning.modules import ContinuousCVAE, SharedDiscreteCVAE
+from cvae_lightning.modules import ContinuousCVAE, LatentSeeding, SharedDiscreteCVAE
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,7 @@ def continuous(artifact, **options):
     [
         (discrete, {"posterior": "exact", "norm_dim": 4}),
         (discrete, {"posterior": "amortized"}),
+        (discrete, {"posterior": "exact", "seeding": LatentSeeding()}),
         (discrete, {"posterior": "exact", "branch_method": "grouped"}),
         (discrete, {"posterior": "exact", "num_latent_chunk": 2}),
         (continuous, {}),
@@ -40,6 +41,7 @@ def test_step(artifact, build, options, monkeypatch):
     costs = module.baseline_nll(batch)  # on disk in a run
     # transformers looks whether there is padding, and leaves the mask out where there is none
     monkeypatch.setattr(transformers.masking_utils, "_ignore_causal_mask_sdpa", lambda *_, **__: False)
+    module._is_seeded, module._anneal_steps = hasattr(module, "seeded"), 4  # read before the first step
     module.to("meta")
     module.baseline_nll = lambda batch: costs.to("meta")
     tensors = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}

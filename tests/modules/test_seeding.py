@@ -419,7 +419,7 @@ def test_the_posterior_learns_the_clusters_and_nothing_else_changes(artifact, mo
     def watching(seeding, model, solutions, targets):
         taught.append(score(model, solutions, targets))
         teach(seeding, model, solutions, targets)
-        taught.append(score(model, solutions, targets))
+        taught.extend([score(model, solutions, targets), targets])
 
     monkeypatch.setattr(LatentSeeding, "teach", watching)
     model = build(artifact, small(posterior_steps=40))
@@ -427,9 +427,10 @@ def test_the_posterior_learns_the_clusters_and_nothing_else_changes(artifact, mo
     assert start(model)
     assert torch.equal(torch.get_rng_state(), rng)
     names = changed(before, model.state_dict())
-    assert names >= {f"{POSTERIOR}project.weight", "seeded", "seed_counts"}
-    assert all(name.startswith(POSTERIOR) or name in ("seeded", "seed_counts") for name in names)
-    sizes = torch.bincount(model.seeding.clusters, minlength=K)
+    state = {"seeded", "seed_counts", "anneal_steps"}
+    assert names >= {f"{POSTERIOR}project.weight", *state}
+    assert all(name.startswith(POSTERIOR) or name in state for name in names)
+    sizes = taught[2].sum(0).round().long()
     assert torch.equal(model.seed_counts, sizes)
     torch.testing.assert_close(model.seed_shares, (sizes + 1) / (sizes + 1).sum())
     assert taught[1] > max(0.9, taught[0] + 0.2)
@@ -466,14 +467,21 @@ def test_share_is_held_then_fades():
     assert [small(hold_steps=1).share(step) for step in range(3)] == [1.0, 0.0, 0.0]
 
 
+def pretend(model, seeded=True, anneal_steps=0):
+    """Let a model take itself for a seeded one."""
+    model.seeded.fill_(seeded)
+    model.anneal_steps.fill_(anneal_steps)
+    model._read_seeds()
+
+
 def outputs(model, step, training=True):
     model._trainer = Alone(global_step=step)
     return model.train(training).compute_outputs(model.template.collate(RECORDS), frozenset())
 
 
 def test_the_seeds_weigh_the_objective_only_while_they_are_held(artifact):
-    model = build(artifact, small(hold_steps=4, anneal_steps=0))
-    model.seeded.fill_(True)
+    model = build(artifact, small(hold_steps=4))
+    pretend(model)
     o = outputs(model, 0)
     seeds = o.amortized_log_probs
     exact = exact_posterior(o.router_log_probs, o.sequence_nll, model.posterior_temperature)
@@ -485,37 +493,67 @@ def test_the_seeds_weigh_the_objective_only_while_they_are_held(artifact):
     for step in (4, 5):
         assert torch.equal(outputs(model, step).posterior_log_probs, exact)
     torch.testing.assert_close(outputs(model, 0, training=False).posterior_log_probs, exact)
-    model.seeded.fill_(False)
+    pretend(model, seeded=False)
     assert torch.equal(outputs(model, 0).posterior_log_probs, exact)
 
 
 def test_the_temperature_falls_from_one():
-    seeding = small(anneal_steps=4)
-    assert [seeding.temperature(step, 0.2) for step in range(6)] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2, 0.2])
-    assert [small(anneal_steps=0).temperature(step, 0.2) for step in range(2)] == [0.2, 0.2]
-    assert seeding.temperature(0, 2.0) == 2.0
-    seeding.bound(5)  # a run of 5 steps: 2/5 of it
-    assert [seeding.temperature(step, 0.2) for step in range(3)] == pytest.approx([1.0, 0.6, 0.2])
-    seeding.bound(math.inf)
-    assert seeding.temperature(2, 0.2) == pytest.approx(0.6)
+    found = [module_of_seeding.annealed(step, 4, 0.2) for step in range(6)]
+    assert found == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2, 0.2])
+    assert [module_of_seeding.annealed(step, 0, 0.2) for step in range(2)] == [0.2, 0.2]
+    assert module_of_seeding.annealed(0, 4, 2.0) == 2.0
+
+
+@pytest.mark.parametrize(("total", "steps"), [(1500, 600), (1600, 600), (100, 40), (1, 0), (math.inf, 600)])
+def test_a_short_run_anneals_in_two_fifths_of_its_steps(total, steps):
+    assert LatentSeeding().anneal_steps_of(total) == steps
+    assert LatentSeeding(anneal_steps=0).anneal_steps_of(total) == 0
 
 
 def test_objective_and_posterior_have_the_temperature_of_the_step_only_in_a_seeded_training(artifact):
-    model = build(artifact, small(hold_steps=1, anneal_steps=4), posterior_temperature=0.2)
+    model = build(artifact, small(hold_steps=1), posterior_temperature=0.2)
+    pretend(model, seeded=False, anneal_steps=4)
     assert float(outputs(model, 2).temperature) == pytest.approx(0.2)
-    model.seeded.fill_(True)
+    pretend(model, anneal_steps=4)
     for step, beta in ((2, 0.6), (4, 0.2), (7, 0.2)):
         o = outputs(model, step)
         assert float(o.temperature) == pytest.approx(beta)
+        assert float(model.diagnostics(o)["temperature"]) == pytest.approx(beta)
         expected = exact_posterior(o.router_log_probs, o.sequence_nll, beta)
         torch.testing.assert_close(o.posterior_log_probs, expected)
-    assert float(outputs(model, 2, training=False).temperature) == pytest.approx(0.2)
+    evaluated = outputs(model, 2, training=False)
+    assert float(evaluated.temperature) == pytest.approx(0.2)
+    assert "temperature" not in model.diagnostics(evaluated)
     assert model.posterior_temperature == 0.2
+
+
+class Temperatures(L.Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, *_):
+        self.seen.append(round(float(trainer.callback_metrics["train/diagnostics/temperature"]), 4))
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_a_run_anneals_and_a_longer_one_that_resumes_it_does_not_again(artifact, tmp_path):
+    model, seen = build(artifact, small(), posterior_temperature=0.2), Temperatures()
+    trainer = fit(model, tmp_path, [seen], max_steps=5)
+    assert seen.seen == [1.0, 0.6, 0.2, 0.2, 0.2]
+    trainer.save_checkpoint(tmp_path / "five.ckpt")
+    for missing in (False, True):
+        checkpoint = torch.load(tmp_path / "five.ckpt", weights_only=True)
+        if missing:  # as before there was annealing
+            del checkpoint["state_dict"]["anneal_steps"]
+        torch.save(checkpoint, tmp_path / "resumed.ckpt")
+        longer, seen = build(artifact, small(), posterior_temperature=0.2), Temperatures()
+        fit(longer, tmp_path, [seen], max_steps=20, ckpt_path=tmp_path / "resumed.ckpt")
+        assert seen.seen == [0.2] * 15
 
 
 def test_no_gradient_reaches_the_posterior_network_through_the_seeds(artifact):
     model = build(artifact, small(hold_steps=4))
-    model.seeded.fill_(True)
+    pretend(model)
     outputs(model, 3).posterior_log_probs[:, 0].sum().backward()
     assert all(p.grad is None for p in model.posterior_network.parameters())
     assert model.lm.get_input_embeddings().weight.grad.any()
@@ -590,7 +628,7 @@ def test_checkpoints_and_configs_may_differ_in_their_seeding(artifact, tmp_path)
         saved = torch.load(path, weights_only=True)["state_dict"]
         weights = model.state_dict()
         assert all(torch.equal(weights[name], saved[name]) for name in saved.keys() & weights.keys())
-        assert saved.keys() ^ weights.keys() == {"seeded", "seed_counts"}
+        assert saved.keys() ^ weights.keys() == {"seeded", "seed_counts", "anneal_steps"}
         assert second is None or not model.seeded
         model = build(artifact, second)
         fit(model, tmp_path, max_steps=3, ckpt_path=path)
