@@ -4,13 +4,12 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from lightning.pytorch import Trainer
 from tqdm.auto import tqdm
 
 
-def steps_of_run(trainer: Trainer) -> float:
-    """Return the optimizer steps of a run from its first one; inf where nobody knows, as with loaders of no length."""
-    total = trainer.estimated_stepping_batches
+def steps_of_run(trainer: Any) -> float:
+    """Return the optimizer steps of a Trainer's run from its first one; inf where nobody knows, as with streams."""
+    total: float = trainer.estimated_stepping_batches
     return total if total > 0 else math.inf  # -1 is Lightning's for a loader of no length
 
 

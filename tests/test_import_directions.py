@@ -22,7 +22,7 @@ ALLOWED = {
     "losses": {"outputs", "functional", "spec"},
     "metrics": {"outputs", "functional", "torchmetrics"},
     "data": {"atomic_write", "backbones", "progress", "template", "outputs", "spec", "lightning"},
-    "callbacks": {"atomic_write", "metrics", "outputs", "trust", "lightning"},
+    "callbacks": {"atomic_write", "metrics", "outputs", "progress", "trust", "lightning"},
     "modules": {
         "outputs",
         "progress",
