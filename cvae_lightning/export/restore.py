@@ -15,7 +15,7 @@ KINDS: dict[str, type[SharedDiscreteCVAE] | type[ContinuousCVAE]] = {
     "discrete": SharedDiscreteCVAE,
     "continuous": ContinuousCVAE,
 }
-TRAINING_STATE = ("losses.", "contributions.", "metrics.", "seeded", "seed_counts", "anneal_steps")
+TRAINING_STATE = ("losses.", "contributions.", "metrics.", "seeded", "seed_counts")
 """Beginnings of the names of what a checkpoint holds besides the model."""
 
 

@@ -21,9 +21,8 @@ from cvae_lightning.modules.base import Outputs
 from cvae_lightning.modules.discrete_use import DiscreteUse
 from cvae_lightning.modules.language_model import token_stats
 from cvae_lightning.modules.lora import LoRA
-from cvae_lightning.modules.seeding import LatentSeeding, annealed
+from cvae_lightning.modules.seeding import LatentSeeding
 from cvae_lightning.outputs import DiscreteOutputs, PairBatch
-from cvae_lightning.progress import steps_of_run
 
 
 class SharedDiscreteCVAE(DiscreteUse):
@@ -51,8 +50,7 @@ class SharedDiscreteCVAE(DiscreteUse):
         losses: terms of the objective by log name; null switches one off.
         num_latents: K, at least 2.
         posterior: what weighs the objective: ``exact`` (enumerated) or ``amortized`` (the posterior network).
-        posterior_temperature: beta of the exact posterior and of the free energy; > 0; below 1 sharpens. A seeded run
-            starts at 1 (``LatentSeeding.anneal_steps``).
+        posterior_temperature: beta of the exact posterior and of the free energy; > 0; below 1 sharpens.
         pooling: of the posterior network over the y-region.
         baseline: whose NLL weighs tokens: the ``frozen`` entangled model or the current backbone (``dynamic``).
         c_base: nats per token of the entangled model; ``auto`` reads the artifact, else measures it before training.
@@ -167,11 +165,9 @@ class SharedDiscreteCVAE(DiscreteUse):
                 )
             self.register_buffer("seeded", torch.tensor(False))
             self.register_buffer("seed_counts", torch.zeros(num_latents, dtype=torch.int64))  # precision keeps integers
-            self.register_buffer("anneal_steps", torch.tensor(0))
             self.seeded: Tensor
             self.seed_counts: Tensor
-            self.anneal_steps: Tensor
-        self._is_seeded, self._anneal_steps = False, 0  # as the buffers: no step asks a device for them
+        self._is_seeded = False  # as the buffer: no step asks a device for it
 
     @property
     def uses_posterior_network(self) -> bool:
@@ -201,7 +197,7 @@ class SharedDiscreteCVAE(DiscreteUse):
             amortized_log_probs=amortized_log_probs,
             token_nll=token_nll,
             y_mask=batch.y_mask,
-            temperature=token_nll.new_tensor(self.temperature),
+            temperature=token_nll.new_tensor(self.posterior_temperature),
             c_base=None if self.c_base is None else token_nll.new_tensor(self.c_base),
             baseline_nll=self.baseline_nll(batch) if "baseline_nll" in fields else None,
             inter_latent_jsd=inter_latent_jsd,
@@ -250,23 +246,16 @@ class SharedDiscreteCVAE(DiscreteUse):
         if self.posterior_kind == "amortized":
             assert amortized_log_probs is not None
             return amortized_log_probs
-        log_q = exact_posterior(router_log_probs, token_nll.sum(-1), self.temperature)
+        log_q = exact_posterior(router_log_probs, token_nll.sum(-1), self.posterior_temperature)
         if self.lm.training and has_dropout(self.lm):
             with torch.no_grad(), evaluating(self.lm):
                 branches = self.encode(batch)
                 clean_nll, _ = self.generator(branches, batch, need_jsd=False)
-                clean = exact_posterior(self.router(branches), clean_nll.sum(-1), self.temperature)
+                clean = exact_posterior(self.router(branches), clean_nll.sum(-1), self.posterior_temperature)
             log_q = log_q + (clean - log_q.detach())
         if (share := self.seed_share) > 0 and amortized_log_probs is not None:
             log_q = (share * amortized_log_probs.detach() + (1 - share) * log_q).log_softmax(-1)
         return log_q
-
-    @property
-    def temperature(self) -> float:
-        """``posterior_temperature``; more in the first steps of a seeded run."""
-        if not (self.training and self._is_seeded):
-            return self.posterior_temperature
-        return annealed(self.global_step, self._anneal_steps, self.posterior_temperature)
 
     @property
     def seed_share(self) -> float:
@@ -285,29 +274,21 @@ class SharedDiscreteCVAE(DiscreteUse):
 
     def on_train_start(self) -> None:
         """Let the seeding say where the latents start, before the first step, unless a checkpoint has said it."""
-        if self.seeding is not None:
-            if self.global_step == 0:
-                if not bool(self.seeded) and (counts := self.seeding.start(self)) is not None:
-                    self.seeded.fill_(True)
-                    self.seed_counts.copy_(counts)
-                self.anneal_steps.fill_(self.seeding.anneal_steps_of(steps_of_run(self.trainer)))
-            self._read_seeds()
+        if self.seeding is not None and self.global_step == 0 and not bool(self.seeded):
+            counts = self.seeding.start(self)
+            if counts is not None:
+                self.seeded.fill_(True)
+                self.seed_counts.copy_(counts)
+        self._is_seeded = self.seeding is not None and bool(self.seeded)
         wanted = [name for name, loss in self._named_losses() if getattr(loss, "prior", None) == "seeds"]
         if wanted and self.seeding is not None and not self.seed_counts.any():
             rank_zero_warn(f"{', '.join(wanted)}: there are no seeds to take the prior from, and it is uniform")
-
-    def _read_seeds(self) -> None:
-        self._is_seeded, self._anneal_steps = bool(self.seeded), int(self.anneal_steps)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load what was trained with a seeding where the config has none, and the other way round."""
         super().on_load_checkpoint(checkpoint)
         state = checkpoint.get("state_dict", {})
-        unseeded = {
-            "seeded": torch.tensor(False),
-            "seed_counts": torch.zeros(self.num_latents, dtype=torch.int64),
-            "anneal_steps": torch.tensor(0),
-        }
+        unseeded = {"seeded": torch.tensor(False), "seed_counts": torch.zeros(self.num_latents, dtype=torch.int64)}
         for name, value in unseeded.items():
             if self.seeding is None:
                 state.pop(name, None)  # a strategy that divides the model has it loaded
@@ -315,12 +296,6 @@ class SharedDiscreteCVAE(DiscreteUse):
                 state.setdefault(name, value)
 
     # Metrics.
-
-    @torch.no_grad()
-    def diagnostics(self, outputs: Outputs) -> dict[str, Tensor]:
-        """Return those of the losses and, in training, the temperature of the step."""
-        found = super().diagnostics(outputs)
-        return found | {"temperature": cast(DiscreteOutputs, outputs).temperature} if self.training else found
 
     def setup(self, stage: str) -> None:
         """Size the alignment table by the data's strategies; leave a posterior network that nothing trains alone."""

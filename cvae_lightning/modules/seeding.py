@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from cvae_lightning.backbones.causal_lm import evaluating
 from cvae_lightning.backbones.generation import generate_ids
@@ -39,26 +39,21 @@ class LatentSeeding(HasSpec):
        keeps what differs between solutions of one input and loses the input itself. A strategy shifts it in the same
        direction for every x.
     3. They are divided into K clusters, by k-means refined by linear discriminants: those that tell most, and most
-       simply, about y given x. The posterior network learns (x, y) -> cluster in ``posterior_steps``. Where two ways of
-       solving an input are in one cluster and a cluster has none, it learns that they may be of either.
+       simply, about y given x. The posterior network learns (x, y) -> cluster in ``posterior_steps``.
     4. In the first ``hold_steps`` training steps the objective is weighed by that posterior, fading into the module's
        own over the second half of them; from then on the seeds play no part.
-    5. In the first ``anneal_steps`` the temperature falls from 1 to the module's own. A sharp posterior would leave two
-       ways that a cluster joins with one latent for good: another never gets a share of them, and never learns them.
-       At 1 it gets one as soon as it begins to explain them.
 
     No label is used, and nothing but inputs is read from the data. Source: this package; the within-input centring is
-    the fixed-effects estimator (Mundlak 1978, doi 10.2307/1913646), and the temperature that falls is deterministic
-    annealing (Ueda & Nakano 1998, doi 10.1016/S0893-6080(97)00133-0).
+    the fixed-effects estimator (Mundlak 1978, doi 10.2307/1913646).
 
     Args:
         num_inputs: training records whose inputs are solved, each input once.
         num_solutions: solutions drawn for each of them, at least 2; a few times K.
         posterior_steps: optimizer steps of 64 solutions for the posterior network.
         hold_steps: training steps over which the seeds fade.
-        anneal_steps: training steps over which the temperature falls, linearly, to the module's if that is below 1; no
-            more than 2/5 of the run. 0 = it is the module's from the start: so where a ``WeightSchedule`` sets it. A
-            further fit of a trained model anneals again.
+        leave_open: teach the posterior network that two ways of solving an input which share a cluster, while another
+            cluster has none, may be of either; give it more inputs and steps then (1,024 and 400), as such inputs are
+            rare. Else it learns the clusters as they are, and training may never separate the two.
         seed: of sampling and clustering; null = the run's own (``seed_everything``).
 
     Raises:
@@ -71,7 +66,7 @@ class LatentSeeding(HasSpec):
         num_solutions: int = 16,
         posterior_steps: int = 200,
         hold_steps: int = 150,
-        anneal_steps: int = 600,
+        leave_open: bool = False,
         seed: int | None = None,
     ) -> None:
         for name, value, least in (
@@ -79,7 +74,6 @@ class LatentSeeding(HasSpec):
             ("num_solutions", num_solutions, 2),
             ("posterior_steps", posterior_steps, 1),
             ("hold_steps", hold_steps, 1),
-            ("anneal_steps", anneal_steps, 0),
         ):
             if value < least:
                 raise ValueError(f"seeding.{name} must be at least {least}, got {value}")
@@ -87,7 +81,7 @@ class LatentSeeding(HasSpec):
         self.num_solutions = num_solutions
         self.posterior_steps = posterior_steps
         self.hold_steps = hold_steps
-        self.anneal_steps = anneal_steps
+        self.leave_open = leave_open
         self.seed = seed
         self.points: Tensor | None = None
         """What was clustered, its first two principal components, [N, 2]; for pictures."""
@@ -102,10 +96,6 @@ class LatentSeeding(HasSpec):
     def share(self, step: int) -> float:
         """Return the share of the seeded posterior in the one that weighs the objective: 1, then falling to 0."""
         return max(0.0, min(1.0, 2 * (1 - step / self.hold_steps)))
-
-    def anneal_steps_of(self, total_steps: float) -> int:
-        """Return over how many steps the temperature falls in a run of so many optimizer steps, inf = unknown."""
-        return int(min(self.anneal_steps, 0.4 * total_steps))
 
     def start(self, module: SharedDiscreteCVAE) -> Tensor | None:
         """Seed on rank zero and give every rank the result.
@@ -175,8 +165,9 @@ class LatentSeeding(HasSpec):
             f"seeding: {len(solutions)} solutions in clusters of {shown} by {found.view}; "
             f"they tell {found.information:.3f} nats about y given x"
         )
-        texts = [solution.y for solution in solutions]
-        shares = spread(self.clusters, texts, module.num_latents, self.num_solutions)
+        shares = nn.functional.one_hot(self.clusters, module.num_latents).float()
+        if self.leave_open:
+            shares = spread(shares, [solution.y for solution in solutions], self.num_solutions)
         self.teach(module, solutions, shares)
         return shares.sum(0).round().long()
 
@@ -258,17 +249,6 @@ class LatentSeeding(HasSpec):
             loss.backward()
             optimizer.step()
         optimizer.zero_grad()
-
-
-def annealed(step: int, steps: int, final: float) -> float:
-    """Return the temperature of a training step, on its way from 1 to ``final`` over so many steps.
-
-    Example:
-        >>> [round(annealed(step, 4, 0.2), 1) for step in range(6)]
-        [1.0, 0.8, 0.6, 0.4, 0.2, 0.2]
-    """
-    left = 1 - step / steps if step < steps else 0.0
-    return final + left * max(0.0, 1 - final)
 
 
 def unlimited(template: PromptTemplate) -> PromptTemplate:

@@ -121,8 +121,8 @@ def cluster(
     return best
 
 
-def spread(labels: Tensor, solutions: Sequence[str], count: int, group: int) -> Tensor:
-    """Return targets for labels [N * M], shares of the K clusters: undecided where different solutions share a cluster.
+def spread(shares: Tensor, solutions: Sequence[str], group: int) -> Tensor:
+    """Return shares of the clusters that are undecided where different solutions of an input share a cluster.
 
     An input that is solved in at most K ways has room for each of them. Where two of its ways are in one cluster and
     another cluster has no way, the points do not tell which belongs to which: the solutions of the shared cluster are
@@ -130,15 +130,14 @@ def spread(labels: Tensor, solutions: Sequence[str], count: int, group: int) -> 
     Where solutions hardly repeat, as longer texts do, nothing is spread.
 
     Shape:
-        labels: [N * M] int64 -> [N * M, K] fp32.
+        shares: [N * M, K] -> [N * M, K] fp32.
 
     Args:
-        labels: clusters of the solutions, M solutions of an input in a row.
+        shares: one for the cluster of a solution, else zero; M solutions of an input in a row.
         solutions: their texts.
-        count: K.
         group: M.
     """
-    shares = torch.nn.functional.one_hot(labels, count).float()
+    shares, labels, count = shares.clone(), shares.argmax(-1), shares.shape[1]
     for start in range(0, len(labels), group):
         rows = labels[start : start + group]
         drawn = Counter(zip(solutions[start : start + group], rows.tolist(), strict=True))

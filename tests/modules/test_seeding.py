@@ -71,7 +71,6 @@ class Alone:
 
     is_global_zero = True
     progress_bar_callback = None
-    estimated_stepping_batches = 100
     strategy = SimpleNamespace(broadcast=lambda value: value)
 
     def __init__(self, records=RECORDS, global_step=0):
@@ -288,9 +287,10 @@ def test_fewer_different_points_than_clusters_are_none(kinds, count, enough):
     ],
 )
 def test_ways_that_share_a_cluster_are_left_undecided_while_another_has_none(solutions, labels, undecided):
-    labels = torch.tensor(labels)
-    found = solution_clusters.spread(labels, list(solutions), 4, len(labels))
-    for row, label in zip(found, labels.tolist(), strict=True):
+    shares = torch.nn.functional.one_hot(torch.tensor(labels), 4).float()
+    found = solution_clusters.spread(shares, list(solutions), len(labels))
+    assert shares.max(-1).values.tolist() == [1.0] * len(labels)
+    for row, label in zip(found, labels, strict=True):
         among = undecided.get(label, [label])
         assert row[among].tolist() == pytest.approx([1 / len(among)] * len(among))
         assert float(row.sum()) == pytest.approx(1)
@@ -298,7 +298,8 @@ def test_ways_that_share_a_cluster_are_left_undecided_while_another_has_none(sol
 
 def test_inputs_are_left_undecided_one_by_one():
     decided, shared = [0, 0, 1, 1], [2, 2, 2, 2]
-    found = solution_clusters.spread(torch.tensor(decided + shared), [*"aabb", *"aabb"], 3, 4)
+    shares = torch.nn.functional.one_hot(torch.tensor(decided + shared), 3).float()
+    found = solution_clusters.spread(shares, [*"aabb", *"aabb"], 4)
     assert found[:4].argmax(-1).tolist() == decided
     assert found[:4].max(-1).values.tolist() == [1.0] * 4
     torch.testing.assert_close(found[4:], torch.full((4, 3), 1 / 3))
@@ -407,6 +408,19 @@ def test_records_that_are_left_out_of_training_are_not_solved(artifact, monkeypa
 # The start of a module.
 
 
+def test_what_shares_a_cluster_is_left_open_if_asked_for(artifact, monkeypatch):
+    taught = []
+    monkeypatch.setattr(LatentSeeding, "teach", lambda seeding, model, solutions, targets: taught.append(targets))
+    half = torch.full((K,), 1 / K)
+    monkeypatch.setattr(module_of_seeding, "spread", lambda shares, texts, group: half.expand_as(shares))
+    for leave_open in (False, True):
+        model = build(artifact, small(leave_open=leave_open))
+        assert start(model)
+        assert (taught[-1] == half).all() == leave_open
+        assert torch.equal(model.seed_counts, taught[-1].sum(0).round().long())
+    assert torch.equal(taught[0].argmax(-1), model.seeding.clusters)
+
+
 def test_the_posterior_learns_the_clusters_and_nothing_else_changes(artifact, monkeypatch):
     taught, teach = [], LatentSeeding.teach
 
@@ -427,7 +441,7 @@ def test_the_posterior_learns_the_clusters_and_nothing_else_changes(artifact, mo
     assert start(model)
     assert torch.equal(torch.get_rng_state(), rng)
     names = changed(before, model.state_dict())
-    state = {"seeded", "seed_counts", "anneal_steps"}
+    state = {"seeded", "seed_counts"}
     assert names >= {f"{POSTERIOR}project.weight", *state}
     assert all(name.startswith(POSTERIOR) or name in state for name in names)
     sizes = taught[2].sum(0).round().long()
@@ -467,11 +481,10 @@ def test_share_is_held_then_fades():
     assert [small(hold_steps=1).share(step) for step in range(3)] == [1.0, 0.0, 0.0]
 
 
-def pretend(model, seeded=True, anneal_steps=0):
+def pretend(model, seeded=True):
     """Let a model take itself for a seeded one."""
     model.seeded.fill_(seeded)
-    model.anneal_steps.fill_(anneal_steps)
-    model._read_seeds()
+    model._is_seeded = seeded
 
 
 def outputs(model, step, training=True):
@@ -495,60 +508,6 @@ def test_the_seeds_weigh_the_objective_only_while_they_are_held(artifact):
     torch.testing.assert_close(outputs(model, 0, training=False).posterior_log_probs, exact)
     pretend(model, seeded=False)
     assert torch.equal(outputs(model, 0).posterior_log_probs, exact)
-
-
-def test_the_temperature_falls_from_one():
-    found = [module_of_seeding.annealed(step, 4, 0.2) for step in range(6)]
-    assert found == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2, 0.2])
-    assert [module_of_seeding.annealed(step, 0, 0.2) for step in range(2)] == [0.2, 0.2]
-    assert module_of_seeding.annealed(0, 4, 2.0) == 2.0
-
-
-@pytest.mark.parametrize(("total", "steps"), [(1500, 600), (1600, 600), (100, 40), (1, 0), (math.inf, 600)])
-def test_a_short_run_anneals_in_two_fifths_of_its_steps(total, steps):
-    assert LatentSeeding().anneal_steps_of(total) == steps
-    assert LatentSeeding(anneal_steps=0).anneal_steps_of(total) == 0
-
-
-def test_objective_and_posterior_have_the_temperature_of_the_step_only_in_a_seeded_training(artifact):
-    model = build(artifact, small(hold_steps=1), posterior_temperature=0.2)
-    pretend(model, seeded=False, anneal_steps=4)
-    assert float(outputs(model, 2).temperature) == pytest.approx(0.2)
-    pretend(model, anneal_steps=4)
-    for step, beta in ((2, 0.6), (4, 0.2), (7, 0.2)):
-        o = outputs(model, step)
-        assert float(o.temperature) == pytest.approx(beta)
-        assert float(model.diagnostics(o)["temperature"]) == pytest.approx(beta)
-        expected = exact_posterior(o.router_log_probs, o.sequence_nll, beta)
-        torch.testing.assert_close(o.posterior_log_probs, expected)
-    evaluated = outputs(model, 2, training=False)
-    assert float(evaluated.temperature) == pytest.approx(0.2)
-    assert "temperature" not in model.diagnostics(evaluated)
-    assert model.posterior_temperature == 0.2
-
-
-class Temperatures(L.Callback):
-    def __init__(self):
-        self.seen = []
-
-    def on_train_batch_end(self, trainer, *_):
-        self.seen.append(round(float(trainer.callback_metrics["train/diagnostics/temperature"]), 4))
-
-
-@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
-def test_a_run_anneals_and_a_longer_one_that_resumes_it_does_not_again(artifact, tmp_path):
-    model, seen = build(artifact, small(), posterior_temperature=0.2), Temperatures()
-    trainer = fit(model, tmp_path, [seen], max_steps=5)
-    assert seen.seen == [1.0, 0.6, 0.2, 0.2, 0.2]
-    trainer.save_checkpoint(tmp_path / "five.ckpt")
-    for missing in (False, True):
-        checkpoint = torch.load(tmp_path / "five.ckpt", weights_only=True)
-        if missing:  # as before there was annealing
-            del checkpoint["state_dict"]["anneal_steps"]
-        torch.save(checkpoint, tmp_path / "resumed.ckpt")
-        longer, seen = build(artifact, small(), posterior_temperature=0.2), Temperatures()
-        fit(longer, tmp_path, [seen], max_steps=20, ckpt_path=tmp_path / "resumed.ckpt")
-        assert seen.seen == [0.2] * 15
 
 
 def test_no_gradient_reaches_the_posterior_network_through_the_seeds(artifact):
@@ -628,7 +587,7 @@ def test_checkpoints_and_configs_may_differ_in_their_seeding(artifact, tmp_path)
         saved = torch.load(path, weights_only=True)["state_dict"]
         weights = model.state_dict()
         assert all(torch.equal(weights[name], saved[name]) for name in saved.keys() & weights.keys())
-        assert saved.keys() ^ weights.keys() == {"seeded", "seed_counts", "anneal_steps"}
+        assert saved.keys() ^ weights.keys() == {"seeded", "seed_counts"}
         assert second is None or not model.seeded
         model = build(artifact, second)
         fit(model, tmp_path, max_steps=3, ckpt_path=path)
@@ -735,7 +694,6 @@ def test_the_command_line_seeds(tmp_path, monkeypatch, capfd):
         ("num_solutions", 1, 2),
         ("posterior_steps", 0, 1),
         ("hold_steps", -3, 1),
-        ("anneal_steps", -1, 0),
     ],
 )
 def test_bad_numbers_are_named(name, value, least):
