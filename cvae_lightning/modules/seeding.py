@@ -62,11 +62,11 @@ class LatentSeeding(HasSpec):
 
     def __init__(
         self,
-        num_inputs: int = 256,
+        num_inputs: int = 1024,
         num_solutions: int = 16,
-        posterior_steps: int = 200,
+        posterior_steps: int = 400,
         hold_steps: int = 150,
-        leave_open: bool = False,
+        leave_open: bool = True,
         seed: int | None = None,
     ) -> None:
         for name, value, least in (
@@ -235,9 +235,14 @@ class LatentSeeding(HasSpec):
         return [replace(record, index=i) for i, record in enumerate(kept)]
 
     def teach(self, module: SharedDiscreteCVAE, solutions: Sequence[Record], targets: Tensor) -> None:
-        """Fit the posterior network to the clusters' shares of the solutions, [N, K], by cross-entropy."""
+        """Fit the posterior network to the clusters' shares of the solutions, [N, K], by cross-entropy.
+
+        The learning rate falls to zero: what the network still has wrong in the end, the exact posterior takes for the
+        meaning of the latents there, and spreads to inputs like it.
+        """
         parameters = [p for p in module.posterior_network.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=module.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, self.posterior_steps)
         source = torch.Generator().manual_seed(self.run_seed)
         template = unlimited(module.template)
         for _ in progress(range(self.posterior_steps), "seeding: posterior", module.shows_progress):
@@ -248,6 +253,7 @@ class LatentSeeding(HasSpec):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            schedule.step()
         optimizer.zero_grad()
 
 
