@@ -2,7 +2,7 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # forking after a multi-threaded matmul hangs
+os.environ["OMP_NUM_THREADS"] = "1"  # forking after a multi-threaded matmul hangs
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

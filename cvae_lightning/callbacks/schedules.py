@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from cvae_lightning.progress import steps_of_run
+from cvae_lightning.scheduled import SCHEDULED, set_scheduled
 
 Kind = Literal["constant", "linear", "cosine", "cyclic"]
+
+OPTIMIZER = ("learning_rate", "weight_decay")
 
 
 def schedule_value(
@@ -64,7 +66,8 @@ def schedule_value(
 class WeightSchedule(Callback):
     """Sets the weight of one loss, or one attribute of the module, before every training batch.
 
-    Steps are optimizer steps. An integer ``begin`` or ``duration`` counts steps; a float is a fraction of the run.
+    Steps are optimizer steps. An integer ``begin`` or ``duration`` counts steps; a float is a fraction of the run. A
+    checkpoint remembers the value that it was saved with: evaluation, inference and export use that.
 
     Args:
         loss: name of a term in the module's ``losses``; its ``weight`` is scheduled.
@@ -140,23 +143,25 @@ class WeightSchedule(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the value that belongs to ``global_step``."""
-        value = self.value(trainer.global_step)
-        if self.loss is not None:
-            losses: Any = pl_module.losses
-            losses[self.loss].weight = value
-            return
-        current = getattr(pl_module, str(self.attribute))
-        if isinstance(current, Tensor):
-            with torch.no_grad():
-                current.fill_(value)
-        else:
-            setattr(pl_module, str(self.attribute), value)
+        set_scheduled(pl_module, self.loss, self.attribute, self.value(trainer.global_step))
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note the value that training left, which the arguments of the module do not say."""
+        losses: Any = getattr(pl_module, "losses", {})
+        value = getattr(pl_module, str(self.attribute)) if self.loss is None else losses[self.loss].weight
+        noted = checkpoint.setdefault(SCHEDULED, [])
+        noted.append({"loss": self.loss, "attribute": self.attribute, "value": float(value)})
 
     @property
     def _target(self) -> str:
         return f"loss {self.loss!r}" if self.loss is not None else f"attribute {self.attribute!r}"
 
     def _check_target(self, pl_module: LightningModule) -> None:
+        if self.attribute in OPTIMIZER:
+            raise ValueError(
+                f"WeightSchedule: the optimizer has a copy of {self.attribute!r}, which a schedule of the attribute "
+                "would not reach: use the module's own warmup_steps, or override configure_optimizers"
+            )
         if self.loss is not None:
             names = sorted(getattr(pl_module, "losses", {}))
             if self.loss not in names:

@@ -96,7 +96,7 @@ def write_model(folder: Path, module: SharedDiscreteCVAE | ContinuousCVAE, kind:
         save_file(_ready(network.state_dict()), folder / files["posterior"])
     write_json(
         folder / EXPORT_FILE,
-        {"format": FORMAT, "kind": kind, "arguments": arguments, "longest_y": int(module.longest_y), "files": files},
+        {"format": FORMAT, "kind": kind, "arguments": arguments, "longest_y": module.longest_seen, "files": files},
     )
     return sum(parameter.numel() for parameter in plain.parameters())
 

@@ -210,6 +210,7 @@ class CVAEModule(AdaptedModule):
 
     def _log_evaluation(self, prefix: str) -> None:
         """Log the split's metrics; batch statistics are those of the whole split, however it was cut into batches."""
+        self.share_longest_y()
         aggregate = self.aggregate_outputs()
         with local_batch():
             statistics = {name: loss(aggregate) for name, loss in self._named_losses() if loss.of_marginals}

@@ -167,6 +167,7 @@ class EntangledLM(LanguageModule):
         self._log_nll("test")
 
     def _log_nll(self, stage: str) -> None:
+        self.share_longest_y()
         self.log(f"{stage}/baseline_nll", self.validation_nll.compute().to(self.device), prog_bar=True, sync_dist=True)
         self.validation_nll.reset()
 

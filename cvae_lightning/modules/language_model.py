@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -27,6 +28,7 @@ from cvae_lightning.modules.base_weights import FORMAT, FORMAT_KEY, WEIGHTS, che
 from cvae_lightning.modules.sharding import Shardable
 from cvae_lightning.outputs import PairBatch
 from cvae_lightning.progress import steps_of_run
+from cvae_lightning.scheduled import restore_scheduled
 from cvae_lightning.spec import HasSpec, to_plain
 from cvae_lightning.template import PromptTemplate, Text
 from cvae_lightning.trust import find_class, read_checkpoint, rebuild
@@ -205,8 +207,10 @@ class LanguageModule(HasSpec, Shardable):
         checkpoint[FORMAT_KEY] = FORMAT
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of a later version."""
+        """Refuse a checkpoint of a later version; outside training, go on with what schedules had set."""
         check_format(checkpoint, "the checkpoint")
+        if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
+            restore_scheduled(self, checkpoint)
 
     @property
     def shows_progress(self) -> bool:
@@ -217,12 +221,17 @@ class LanguageModule(HasSpec, Shardable):
     @property
     def max_new_tokens(self) -> int:
         """Longest y worth generating: a little above the longest that this module has seen."""
-        return int(self.longest_y) + 8 if int(self.longest_y) else 256
+        return self.longest_seen + 8 if self.longest_seen else 256
+
+    @property
+    def longest_seen(self) -> int:
+        """Tokens of the longest y-region that this module has seen, on this rank or before it was saved."""
+        return max(int(self.longest_y), self._longest_seen)
 
     def watch_length(self, batch: PairBatch) -> None:
         """Remember the longest y-region seen; see also :meth:`check_positions`."""
         self.check_positions(batch)
-        self.longest_y.fill_(max(int(self.longest_y), batch.y_ids.shape[1]))
+        self._longest_seen = max(self._longest_seen, batch.y_ids.shape[1])
 
     def check_positions(self, batch: PairBatch) -> None:
         """Raise if a record, latent section included, is longer than the model can read.
@@ -247,6 +256,16 @@ class LanguageModule(HasSpec, Shardable):
         """Register the buffer that holds the longest y-region seen, in tokens."""
         self.register_buffer("longest_y", torch.zeros((), dtype=torch.int64))
         self.longest_y: Tensor
+        self._longest_seen = 0  # beside the buffer: reading that would make the host wait in every step
+
+    def share_longest_y(self) -> None:
+        """Let every rank know of the longest y-region that any has seen."""
+        longest = torch.tensor(self.longest_seen, device=self.device)
+        self._longest_seen = int(self.trainer.strategy.reduce(longest, reduce_op="max"))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.longest_y.fill_(self.longest_seen)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
 def token_stats(hidden: Tensor, head: Any, batch: PairBatch, need_jsd: bool) -> tuple[Tensor, Tensor | None]:

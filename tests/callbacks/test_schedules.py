@@ -6,8 +6,12 @@ from cli_dummies import MeanAbs, MeanSquare, TinyData, TinyModule
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import Trainer
+from tiny import QUIET, RECORDS, tiny_artifact
+from tiny import TinyData as TinyRecords
 
 from cvae_lightning.callbacks.schedules import WeightSchedule, schedule_value
+from cvae_lightning.losses import ReconstructionLoss
+from cvae_lightning.modules import SharedDiscreteCVAE
 
 
 class Recorder(TinyModule):
@@ -75,6 +79,38 @@ def test_module_attribute_is_scheduled(tmp_path, as_buffer):
     fit(tmp_path, schedule, module=module, max_steps=4)
     assert [temperature for _, _, temperature in module.seen] == [4.0, 3.0, 2.0, 1.0]
     assert isinstance(module.temperature, torch.Tensor) == as_buffer
+
+
+@pytest.mark.filterwarnings("ignore:.*fingerprint.*")
+def test_what_a_schedule_left_is_what_is_evaluated_and_used(tmp_path):
+    def model():
+        return SharedDiscreteCVAE(source, {"reconstruction_loss": ReconstructionLoss()}, num_latents=2)
+
+    def schedules():
+        options = {"kind": "constant", "begin": 1}
+        yield WeightSchedule("reconstruction_loss", start=1.0, end=0.25, **options)
+        yield WeightSchedule(attribute="posterior_temperature", start=5.0, end=0.5, **options)
+
+    source = tiny_artifact(tmp_path / "artifact")
+    trained = model()
+    trainer = Trainer(**QUIET, max_steps=2, limit_val_batches=0, callbacks=list(schedules()))
+    trainer.fit(trained, TinyRecords(RECORDS[:4], batch_size=2))
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    loaded = SharedDiscreteCVAE.load_from_checkpoint(tmp_path / "end.ckpt")
+    tested = model()
+    Trainer(**QUIET, callbacks=list(schedules())).test(
+        tested, TinyRecords(RECORDS), tmp_path / "end.ckpt", verbose=False
+    )
+    for found in (trained, loaded, tested):
+        assert (found.posterior_temperature, found.losses["reconstruction_loss"].weight) == (0.5, 0.25)
+    xs, ys = [r.x for r in RECORDS], [r.y for r in RECORDS]
+    torch.testing.assert_close(loaded.infer(xs, ys), trained.eval().infer(xs, ys))
+    assert loaded.hparams["posterior_temperature"] == 0.5  # which an export takes over
+
+
+def test_what_the_optimizer_has_copied_cannot_be_scheduled(tmp_path):
+    with pytest.raises(ValueError, match="the optimizer has a copy of 'learning_rate'"):
+        fit(tmp_path, WeightSchedule(attribute="learning_rate"))
 
 
 def test_warns_when_the_run_ends_before_the_maximum(tmp_path):

@@ -32,6 +32,19 @@ def test_a_gap_moves_only_the_positions_of_y(model):
     assert not torch.allclose(none[4], found[4])
 
 
+def test_what_is_saved_knows_the_longest_solution_seen(tmp_path):
+    artifact = tiny_artifact(tmp_path, "gpt2")
+    model = SharedDiscreteCVAE(artifact, {"reconstruction_loss": ReconstructionLoss()}, num_latents=2)
+    assert model.max_new_tokens == 256  # none seen yet
+    for record in RECORDS:
+        model.watch_length(model.template.collate([record]))
+    longest = max(len(y) for _, y in model.template.segments(RECORDS))
+    assert int(model.state_dict()["longest_y"]) == longest
+    again = SharedDiscreteCVAE(artifact, {"reconstruction_loss": ReconstructionLoss()}, num_latents=2)
+    again.load_state_dict(model.state_dict())
+    assert again.max_new_tokens == model.max_new_tokens == longest + 8
+
+
 def test_learning_rate_warms_up_and_decays_to_its_floor(tmp_path):
     lm = EntangledLM(str(tmp_path), config={"model_type": "gpt2"}, warmup_steps=10, final_learning_rate_fraction=0.1)
     factors = [lm.learning_rate_factor(step, 100) for step in range(101)]

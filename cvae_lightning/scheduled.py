@@ -1,0 +1,39 @@
+"""Values that a schedule has set on a module: how they are set, and how a checkpoint remembers them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SCHEDULED = "scheduled"
+"""Key of a checkpoint: a list of {loss, attribute, value}."""
+
+
+def set_scheduled(module: nn.Module, loss: str | None, attribute: str | None, value: float) -> None:
+    """Set the weight of a loss of the module, or one of its numeric attributes."""
+    if loss is not None:
+        losses: Any = module.losses
+        losses[loss].weight = value
+        return
+    current = getattr(module, str(attribute))
+    if isinstance(current, Tensor):
+        with torch.no_grad():
+            current.fill_(value)
+    else:
+        setattr(module, str(attribute), value)
+
+
+def restore_scheduled(module: Any, checkpoint: Mapping[str, Any]) -> None:
+    """Set what schedules had set when the checkpoint was saved; what the module does not have is left out."""
+    for noted in checkpoint.get(SCHEDULED, ()):
+        loss, attribute, value = noted["loss"], noted["attribute"], float(noted["value"])
+        if loss is not None:
+            if loss in getattr(module, "losses", {}):
+                set_scheduled(module, loss, None, value)
+        elif isinstance(getattr(module, attribute, None), int | float | Tensor):
+            set_scheduled(module, None, attribute, value)
+            if attribute in module.hparams:  # what an export says of it
+                module.hparams[attribute] = value
