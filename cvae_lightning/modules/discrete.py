@@ -57,7 +57,7 @@ class SharedDiscreteCVAE(DiscreteUse):
         latent_token_std: noise of the latent rows at the start, in units of the embedding's standard deviation.
         branch_method: how the K branches share the prefix: ``cache`` (keys and values), ``grouped`` (one call, also
             under gradient checkpointing), ``packed`` (the same without copies of keys, on a GPU), ``repeat`` (not at
-            all); ``auto`` takes the first of the others that suits the model.
+            all); ``auto`` takes the first of cache, grouped and repeat that suits the model.
         num_latent_chunk: latents run at a time, to bound memory; null = all.
         max_length: longest generator prompt in tokens; null = unlimited.
         on_overflow: what happens to a longer record: ``error``, or ``skip`` it and say how many.
