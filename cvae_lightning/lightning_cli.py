@@ -41,9 +41,9 @@ class CVAELightningCLI(LightningCLI):
 
     Always present and configurable: ``checkpoint`` (ModelCheckpoint with ``last.ckpt``), ``step_seed``, ``nan_guard``,
     ``partial_gradients``, ``epoch_ends``, ``save_at_termination`` and ``checkpoint_step``. ``trainer.plugins`` holds
-    AtomicCheckpointIO unless given. All files of a run lie in ``trainer.default_root_dir``, unless ``checkpoint.dirpath``
-    or the path of a callback names another folder, as the shipped recipes do. The config always beats the
-    hyperparameters that a checkpoint remembers.
+    AtomicCheckpointIO unless given. All files of a run lie in ``trainer.default_root_dir``, unless
+    ``checkpoint.dirpath`` or the path of a callback names another folder, as the shipped recipes do. The config always
+    beats the hyperparameters that a checkpoint remembers.
     """
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:

@@ -65,7 +65,7 @@ class LatentSeeding(HasSpec):
         num_inputs: int = 1024,
         num_solutions: int = 16,
         posterior_steps: int = 400,
-        hold_steps: int = 150,
+        hold_steps: int = 400,
         leave_open: bool = True,
         seed: int | None = None,
     ) -> None:
