@@ -50,10 +50,11 @@ class LatentSeeding(HasSpec):
         num_inputs: training records whose inputs are solved, each input once.
         num_solutions: solutions drawn for each of them, at least 2; a few times K.
         posterior_steps: optimizer steps of 64 solutions for the posterior network.
-        hold_steps: training steps over which the seeds fade.
+        hold_steps: training steps over which the seeds fade. Too few, and the exact posterior takes over where two
+            latents write the same yet: it then swaps them for some kinds of inputs.
         leave_open: teach the posterior network that two ways of solving an input which share a cluster, while another
-            cluster has none, may be of either; give it more inputs and steps then (1,024 and 400), as such inputs are
-            rare. Else it learns the clusters as they are, and training may never separate the two.
+            cluster has none, may be of either. Else it learns the clusters as they are, and training may never separate
+            the two.
         seed: of sampling and clustering; null = the run's own (``seed_everything``).
 
     Raises:
