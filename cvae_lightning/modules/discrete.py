@@ -252,7 +252,8 @@ class SharedDiscreteCVAE(DiscreteUse):
                 branches = self.encode(batch)
                 clean_nll, _ = self.generator(branches, batch, need_jsd=False)
                 clean = exact_posterior(self.router(branches), clean_nll.sum(-1), self.posterior_temperature)
-            log_q = log_q + (clean - log_q.detach())
+            # normalised behind the exchange of values: the gradient is then that of a softmax at the clean values
+            log_q = (log_q + (clean - log_q).detach()).log_softmax(-1)
         if (share := self.seed_share) > 0 and amortized_log_probs is not None:
             log_q = (share * amortized_log_probs.detach() + (1 - share) * log_q).log_softmax(-1)
         return log_q

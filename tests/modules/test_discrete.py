@@ -134,6 +134,19 @@ def test_the_exact_posterior_is_computed_without_dropout_and_keeps_its_gradient(
     assert noisy.lm.training
 
 
+def test_the_exact_posterior_stays_a_distribution_under_dropout(tmp_path):
+    """Its sum is 1 whatever the weights, so the sum has no gradient, though one probability has."""
+    free_energy = {"free_energy_loss": losses_.FreeEnergyLoss()}
+    model = build(tiny_artifact(tmp_path, "gpt2"), free_energy, dropout=0.3).train()
+    q = everything(model).posterior_log_probs.exp()
+
+    def norm(value):
+        grads = torch.autograd.grad(value, list(model.lm.parameters()), allow_unused=True, retain_graph=True)
+        return sum(float(g.square().sum()) for g in grads if g is not None) ** 0.5
+
+    assert norm(q.sum()) < 1e-4 * norm(q[:, 0].sum())
+
+
 @pytest.mark.parametrize("pooling", ["mean", "last", "attention"])
 @pytest.mark.parametrize("posterior", ["exact", "amortized"])
 def test_every_posterior_trains(artifact, pooling, posterior):
