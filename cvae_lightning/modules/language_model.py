@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -79,7 +80,9 @@ class LanguageModule(HasSpec, Shardable):
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
-        fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
+        # under mixed precision Lightning refuses to clip for a fused optimizer, which may unscale gradients by itself
+        clips_mixed = self.trainer.gradient_clip_val and isinstance(self.trainer.precision_plugin, MixedPrecision)
+        fused = not clips_mixed and all(p.device.type in ("cpu", "cuda") for p in parameters)
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.98), fused=fused)
         total = int(min(steps_of_run(self.trainer), 2**53))
         scheduler = LambdaLR(optimizer, lambda step: self.learning_rate_factor(step, total))

@@ -1,8 +1,9 @@
 import sys
 
+import lightning as L
 import pytest
 import torch
-from tiny import RECORDS, tiny_artifact
+from tiny import QUIET, RECORDS, TinyData, tiny_artifact
 
 from cvae_lightning import EntangledLM, SharedDiscreteCVAE
 from cvae_lightning.losses import ReconstructionLoss
@@ -39,6 +40,15 @@ def test_learning_rate_warms_up_and_decays_to_its_floor(tmp_path):
     assert max(factors) == factors[factors.index(max(factors))] <= 1.0
     assert factors[50] == pytest.approx(0.55)
     assert factors[100] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(("precision", "clip", "fused"), [("bf16-mixed", 1.0, False), ("bf16-mixed", None, True)])
+def test_gradients_are_clipped_under_mixed_precision(tmp_path, precision, clip, fused):
+    lm = EntangledLM(str(tmp_path / "out"), model=tiny_artifact(tmp_path / "in"))
+    trainer = L.Trainer(**QUIET, max_steps=2, precision=precision, gradient_clip_val=clip)
+    trainer.fit(lm, TinyData(batch_size=2))
+    assert trainer.global_step == 2
+    assert [group["fused"] for group in trainer.optimizers[0].param_groups] == [fused] * 2
 
 
 def test_a_checkpoint_may_not_name_code_that_is_not_imported(tmp_path):
