@@ -179,22 +179,26 @@ def fill_rows(weight: Tensor, rows: list[int], source: Tensor, std: float, gener
 
 
 def set_dropout(module: nn.Module, p: float) -> None:
-    """Set every dropout probability in a model, in its modules and in its attention arguments."""
-    for part in module.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = p
-        for name in ("attention_dropout", "attn_pdrop"):
-            if isinstance(getattr(part, name, None), float):
-                setattr(part, name, p)
+    """Set every dropout probability in a model, in its modules and in what they hand to functions."""
+    for part, name, _ in _dropout_rates(module):
+        setattr(part, name, p)
 
 
 def has_dropout(module: nn.Module) -> bool:
     """Return whether some part of the model drops anything out in training mode."""
-    return any(
-        (isinstance(part, nn.Dropout) and part.p > 0)
-        or (isinstance(rate := getattr(part, "attention_dropout", 0.0), float) and rate > 0)
-        for part in module.modules()
-    )
+    return any(rate > 0 for _, _, rate in _dropout_rates(module))
+
+
+def _dropout_rates(module: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
+    """Yield every part of a model that holds a dropout probability, under which name, and the probability.
+
+    Families call it dropout, hidden_dropout, activation_dropout, attn_pdrop, ..., and some give it as the integer 0.
+    """
+    for part in module.modules():
+        for name, value in list(vars(part).items()):
+            named = "dropout" in name or name.endswith("_pdrop") or (name == "p" and isinstance(part, nn.Dropout))
+            if named and isinstance(value, int | float) and not isinstance(value, bool):
+                yield part, name, value
 
 
 def read_hidden(decoder: Any, ids: Tensor, mask: Tensor, offset: Tensor | None = None) -> Tensor:

@@ -1,0 +1,61 @@
+"""What is read from, and set in, the language models of many families."""
+
+import pytest
+import torch
+
+from cvae_lightning.backbones.causal_lm import (
+    build_causal_lm,
+    decoder_of,
+    has_dropout,
+    head_of,
+    load_causal_lm,
+    set_dropout,
+)
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+DROPPING = {
+    "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2},
+    "opt": {**SMALL, "ffn_dim": 32, "word_embed_proj_dim": 16, "max_position_embeddings": 64},
+    "bloom": {"hidden_size": 16, "n_layer": 1, "n_head": 2, "hidden_dropout": 0.1, "attention_dropout": 0.1},
+    "starcoder2": {**SMALL, "intermediate_size": 32, "num_key_value_heads": 1, "residual_dropout": 0.1},
+    "gpt_bigcode": {"n_embd": 16, "n_layer": 1, "n_head": 2},
+}
+VOCABULARY = 40
+
+
+def build(family, **config):
+    torch.manual_seed(0)
+    lm = build_causal_lm({"model_type": family, **config}, VOCABULARY, 0)
+    with torch.no_grad():  # larger weights: an error shows
+        for parameter in lm.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(10)
+    return lm
+
+
+@torch.no_grad()
+def hidden_of(lm):
+    ids = torch.randint(1, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(1))
+    return decoder_of(lm)(input_ids=ids, use_cache=False).last_hidden_state
+
+
+@pytest.mark.parametrize("family", DROPPING)
+def test_dropout_of_every_family_is_set_and_seen(family):
+    lm = build(family, **DROPPING[family]).train()
+    assert has_dropout(lm)
+    assert not torch.equal(hidden_of(lm), hidden_of(lm))
+    set_dropout(lm, 0.0)
+    assert not has_dropout(lm)
+    assert torch.equal(hidden_of(lm), hidden_of(lm))
+    set_dropout(lm, 0.5)
+    assert has_dropout(lm)
+    assert not torch.equal(hidden_of(lm), hidden_of(lm))
+
+
+def test_a_rate_given_as_an_integer_is_set_and_a_switch_is_not():
+    lm = build("opt", **DROPPING["opt"], dropout=0, attention_dropout=0)
+    lm.use_dropout = True
+    assert not has_dropout(lm)
+    set_dropout(lm, 0.2)
+    assert {layer.dropout for layer in lm.model.decoder.layers} == {0.2}
+    assert lm.use_dropout is True
