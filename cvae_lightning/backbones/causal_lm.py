@@ -71,7 +71,7 @@ def load_causal_lm(name: str) -> Any:
     """Load a causal LM from a folder or a hub name in float32 and training mode, without remote code.
 
     Raises:
-        ValueError: if nothing is found there or it is no causal LM.
+        ValueError: if nothing is found there, it is no causal LM, or its head is not one that :func:`head_of` knows.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -81,7 +81,9 @@ def load_causal_lm(name: str) -> Any:
         lm = AutoModelForCausalLM.from_pretrained(name, config=config, trust_remote_code=False, use_safetensors=True)
     except Exception as error:  # a folder of a stranger's making fails in transformers in every way there is
         raise ValueError(f"cannot load a causal language model from {name!r}: {_first_line(error)}") from error
-    return fuse_activations(lm.float().train())
+    lm = fuse_activations(lm.float().train())
+    _check_head(lm, name)
+    return lm
 
 
 def fuse_activations(lm: Any) -> Any:
@@ -133,12 +135,36 @@ def decoder_of(lm: Any) -> nn.Module:
     return lm.base_model if decoder is None else decoder
 
 
+SOFTCAP_KEYS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Under which families keep the bound of their logits: most, RecurrentGemma, xLSTM."""
+
+
 def head_of(lm: Any) -> Head:
     """Return the head of a causal LM with the scalings that its family applies after it."""
     head, config = lm.get_output_embeddings(), lm.config
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     scale *= getattr(config, "lm_head_multiplier", None) or 1.0
-    return Head(head.weight, head.bias, float(scale), getattr(config, "final_logit_softcapping", None))
+    softcap = next((cap for key in SOFTCAP_KEYS if (cap := getattr(config, key, None))), None)
+    return Head(head.weight, head.bias, float(scale), softcap)
+
+
+@torch.no_grad()
+def _check_head(lm: Any, name: str) -> None:
+    """Raise unless :func:`head_of` gives the family's own logits on a few tokens; families scale them as they please.
+
+    Raises:
+        ValueError: naming the family.
+    """
+    ids = torch.arange(min(4, lm.get_input_embeddings().weight.shape[0]))[None]
+    with evaluating(lm):
+        found = head_of(lm).logits(decoder_of(lm)(input_ids=ids, use_cache=False).last_hidden_state)
+        expected = lm(input_ids=ids, use_cache=False).logits.float()
+    error, size = (found - expected).abs().max(), expected.abs().max()
+    if error > 1e-3 * size:  # not where weights are nan: that is said elsewhere
+        raise ValueError(
+            f"{name!r} is of the family {lm.config.model_type!r}, whose head is none of scale, bias and soft cap: the "
+            f"logits made of its weights are off by {float(error):.3g}; expected a family such as llama, gpt2 or qwen2"
+        )
 
 
 def add_token_rows(lm: Any, vocab_size: int, std: float, generator: torch.Generator | None = None) -> list[int]:

@@ -20,6 +20,24 @@ DROPPING = {
     "starcoder2": {**SMALL, "intermediate_size": 32, "num_key_value_heads": 1, "residual_dropout": 0.1},
     "gpt_bigcode": {"n_embd": 16, "n_layer": 1, "n_head": 2},
 }
+CAPPED = {
+    "gemma2": {**SMALL, "num_key_value_heads": 1, "head_dim": 8, "final_logit_softcapping": 0.5},
+    "recurrent_gemma": {
+        **SMALL,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "lru_width": 16,
+        "logits_soft_cap": 0.5,
+    },
+    "xlstm": {
+        "hidden_size": 32,
+        "embedding_dim": 32,
+        "num_hidden_layers": 1,
+        "num_heads": 2,
+        "output_logit_soft_cap": 0.5,
+    },
+}
 VOCABULARY = 40
 
 
@@ -59,3 +77,27 @@ def test_a_rate_given_as_an_integer_is_set_and_a_switch_is_not():
     set_dropout(lm, 0.2)
     assert {layer.dropout for layer in lm.model.decoder.layers} == {0.2}
     assert lm.use_dropout is True
+
+
+@pytest.mark.parametrize("family", CAPPED)
+def test_the_head_bounds_its_logits_as_the_family_does(family):
+    lm = build(family, **CAPPED[family]).eval()
+    ids = torch.randint(1, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = lm(input_ids=ids, use_cache=False).logits
+    head = head_of(lm)
+    assert head.softcap == 0.5
+    assert (hidden_of(lm) @ head.weight.T).abs().max() > 1.0  # it matters
+    torch.testing.assert_close(head.logits(hidden_of(lm)), expected)
+
+
+def test_a_head_that_is_not_known_is_refused_at_once(tmp_path):
+    """HyperCLOVA X multiplies by what Granite, under the same name, divides by."""
+    config = {**SMALL, "intermediate_size": 32, "num_key_value_heads": 1, "logits_scaling": 4.0}
+    for family, known in (("granite", True), ("hyperclovax", False)):
+        build(family, **config).save_pretrained(tmp_path / family)
+        if known:
+            load_causal_lm(str(tmp_path / family))
+        else:
+            with pytest.raises(ValueError, match="of the family 'hyperclovax', whose head"):
+                load_causal_lm(str(tmp_path / family))
