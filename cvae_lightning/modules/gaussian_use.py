@@ -54,7 +54,13 @@ class GaussianUse(TextUse):
 
     @staticmethod
     @abstractmethod
-    def log_ratio(z: Tensor, p: tuple[Tensor, Tensor], q: tuple[Tensor, Tensor], own: int) -> Tensor:
+    def log_ratio(
+        z: Tensor,
+        p: tuple[Tensor, Tensor],
+        q: tuple[Tensor, Tensor],
+        own: int,
+        proposed: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Return log p(z|x) - log r(z), [B, S], for samples of which ``own`` come from q and the others from p."""
 
     @torch.no_grad()
