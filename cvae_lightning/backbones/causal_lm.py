@@ -156,9 +156,10 @@ def _check_head(lm: Any, name: str) -> None:
         ValueError: naming the family.
     """
     ids = torch.arange(min(4, lm.get_input_embeddings().weight.shape[0]))[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     with evaluating(lm):
-        found = head_of(lm).logits(decoder_of(lm)(input_ids=ids, use_cache=False).last_hidden_state)
-        expected = lm(input_ids=ids, use_cache=False).logits.float()
+        found = head_of(lm).logits(decoder_of(lm)(**inputs).last_hidden_state)
+        expected = lm(**inputs).logits.float()
     error, size = (found - expected).abs().max(), expected.abs().max()
     if error > 1e-3 * size:  # not where weights are nan: that is said elsewhere
         raise ValueError(
