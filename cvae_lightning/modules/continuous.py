@@ -195,7 +195,8 @@ class ContinuousCVAE(GaussianUse):
                 proposed = self.router(self.read_prompt(batch))
                 groups["router"] = gaussian_sample(*proposed, samples if evaluate else self.num_router_samples, True)
         if "inter_latent_jsd" in fields:
-            groups["compared"] = self.divergence_latents(own)
+            each = -(-self.num_divergence_latents // len(batch))  # samples of an example: a small batch needs more
+            groups["compared"] = self.divergence_latents(own if each <= samples else gaussian_sample(*q, each))
         branches = self.encode(batch, torch.cat(list(groups.values()), 1))
         parts = branches.hidden.split([group.shape[1] for group in groups.values()], 1)
         hidden = dict(zip(groups, parts, strict=True))

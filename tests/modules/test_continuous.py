@@ -216,6 +216,16 @@ def test_compared_latents_come_from_different_examples(artifact):
     assert model.divergence_latents(latents[:1]).shape == (1, 4, 2)  # B = 1: samples repeat
 
 
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_a_small_batch_compares_latents_that_differ(artifact, size):
+    model = build(artifact, num_samples=1, num_divergence_latents=4)
+    compared, encode = [], model.encode
+    model.encode = lambda batch, latents: compared.append(latents[:, -4:]) or encode(batch, latents)
+    o = outputs_of(model, records=RECORDS[:size])
+    assert [len(row.unique(dim=0)) for row in compared[0].detach()] == [4] * size
+    assert o.inter_latent_jsd.detach().max() > 1e-6
+
+
 def test_extreme_network_outputs_stay_finite(artifact):
     for value in (-1e4, 1e4):
         model = build(artifact, posterior="reparameterized")
