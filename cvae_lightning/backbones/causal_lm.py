@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -168,29 +168,36 @@ def _check_head(lm: Any, name: str) -> None:
         )
 
 
-def add_token_rows(lm: Any, vocab_size: int, std: float, generator: torch.Generator | None = None) -> list[int]:
+def add_token_rows(
+    lm: Any, vocab_size: int, std: float, generator: torch.Generator | None = None, added: Sequence[int] = ()
+) -> list[int]:
     """Grow the embeddings (and an untied head) to ``vocab_size`` rows; new ones are the mean of the old plus noise.
 
     Hugging Face's own ``mean_resizing`` gives all new rows almost the same vector, so that latent tokens would be
-    copies of each other.
+    copies of each other. Published tables are often padded: the rows of new tokens may be there already, and all zero.
 
     Args:
         lm: a causal LM; changed in place.
-        vocab_size: number of tokens of the tokenizer; a larger embedding is left as it is.
+        vocab_size: number of tokens of the tokenizer; a larger embedding keeps its size.
         std: standard deviation of the noise, in units of the rows' own standard deviation about their mean.
         generator: source of the noise.
+        added: tokens that the model has never seen; those within the embedding get new rows too.
 
     Returns:
         The ids of the new rows.
     """
     old = lm.get_input_embeddings().weight.shape[0]
-    if vocab_size <= old:
+    within = sorted(row for row in added if row < min(old, vocab_size))
+    rows = [*within, *range(old, vocab_size)]
+    if not rows:
         return []
-    lm.resize_token_embeddings(vocab_size, mean_resizing=False)
+    if vocab_size > old:
+        lm.resize_token_embeddings(vocab_size, mean_resizing=False)
+    source = sorted({*range(min(old, vocab_size))} - {*within})
     tables = {id(e.weight): e.weight for e in (lm.get_input_embeddings(), lm.get_output_embeddings())}
     for weight in tables.values():
-        fill_rows(weight, list(range(old, vocab_size)), weight[:old], std, generator)
-    return list(range(old, vocab_size))
+        fill_rows(weight, rows, weight[source], std, generator)
+    return rows
 
 
 @torch.no_grad()

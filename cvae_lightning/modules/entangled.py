@@ -99,7 +99,7 @@ class EntangledLM(LanguageModule):
 
     def _adopt(self, lm: Any, tokenizer: Any) -> None:
         self.template = PromptTemplate(tokenizer, 0, **self.template_options)
-        add_token_rows(lm, len(self.template), self.new_token_std)
+        add_token_rows(lm, len(self.template), self.new_token_std, added=self.template.added_ids)
         self.lm = lm
 
     def setup(self, stage: str) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from cvae_lightning.backbones.causal_lm import (
+    add_token_rows,
     build_causal_lm,
     decoder_of,
     has_dropout,
@@ -101,3 +102,24 @@ def test_a_head_that_is_not_known_is_refused_at_once(tmp_path):
         else:
             with pytest.raises(ValueError, match="of the family 'hyperclovax', whose head"):
                 load_causal_lm(str(tmp_path / family))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tokens", [30, 43])
+def test_new_tokens_get_rows_where_a_padded_table_has_them_already(tied, tokens):
+    """20 tokens are known, 20 rows are padding; the tokens from 24 on are new."""
+    lm = build("llama", **SMALL, intermediate_size=32, tie_word_embeddings=tied)
+    with torch.no_grad():
+        for table in (lm.get_input_embeddings(), lm.get_output_embeddings()):
+            table.weight[20:] = 0.0
+    before = lm.get_input_embeddings().weight.detach().clone()
+    added = list(range(24, tokens))
+    assert add_token_rows(lm, tokens, 1.0, torch.Generator().manual_seed(0), added) == added
+    for table in (lm.get_input_embeddings(), lm.get_output_embeddings()):
+        new = table.weight[24:tokens].detach()
+        assert torch.pdist(new).min() > 2 * float(before[:20].std())
+        assert float((new.std() / before[:24].std()).log().abs()) < 0.3
+    now = lm.get_input_embeddings().weight
+    assert torch.equal(now[:24], before[:24])
+    assert torch.equal(now[tokens:], before[tokens:])
+    assert add_token_rows(lm, tokens, 1.0) == []
