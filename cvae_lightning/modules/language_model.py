@@ -227,6 +227,11 @@ class LanguageModule(HasSpec, Shardable):
         self.check_positions(batch)
         self.longest_y.fill_(max(int(self.longest_y), batch.y_ids.shape[1]))
 
+    @property
+    def positions_between(self) -> int:
+        """Number of positions that may lie between x and y."""
+        return self.template.section_length
+
     def check_positions(self, batch: PairBatch) -> None:
         """Raise if a record, latent section included, is longer than the model can read.
 
@@ -234,15 +239,16 @@ class LanguageModule(HasSpec, Shardable):
             ValueError: naming the length, the limit and the ways out.
         """
         limit = getattr(self.lm.config, "max_position_embeddings", None)
-        section = self.template.section_length
-        if not limit or batch.prefix_ids.shape[1] + section + batch.y_ids.shape[1] <= limit:
+        between = self.positions_between
+        if not limit or batch.prefix_ids.shape[1] + between + batch.y_ids.shape[1] <= limit:
             return
-        lengths = batch.prefix_mask.sum(-1) + section + batch.y_mask.sum(-1)
+        lengths = batch.prefix_mask.sum(-1) + between + batch.y_mask.sum(-1)
         row = int(lengths.argmax())
         if int(lengths[row]) > limit:
+            room = limit - between + self.template.section_length
             raise ValueError(
                 f"the record whose x begins with {batch.x[row][:40]!r} takes {int(lengths[row])} tokens, more than the "
-                f"model's {limit} positions: set model.init_args.max_length to {limit} (and on_overflow to skip, to "
+                f"model's {limit} positions: set model.init_args.max_length to {room} (and on_overflow to skip, to "
                 "leave such records out), or take a model with a larger max_position_embeddings"
             )
 
