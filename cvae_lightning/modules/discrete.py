@@ -311,7 +311,9 @@ class SharedDiscreteCVAE(DiscreteUse):
     ) -> None:
         """Accumulate one evaluation batch."""
         probs = getattr(getattr(self.trainer, "datamodule", None), "strategy_probs", None)
-        true_probs = None if probs is None else torch.tensor([probs(x) for x in batch.x], device=batch.index.device)
+        true_probs = None
+        if probs is not None:  # in fp32, the usual default, which bf16-true changes; every device has it
+            true_probs = torch.tensor([probs(x) for x in batch.x], dtype=torch.float32, device=batch.index.device)
         self.metrics.update(cast(DiscreteOutputs, outputs), batch.strategy, terms, extra, true_probs)
 
     def aggregate_outputs(self) -> DiscreteOutputs:

@@ -1,6 +1,7 @@
 """The step of SharedDiscreteCVAE: mathematics, plug-ins, checkpoints."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -276,3 +277,15 @@ def test_c_base_is_measured_where_the_artifact_has_none(tmp_path):
     model = build(str(folder))
     trainer = fit(model)
     assert model.c_base == pytest.approx(float(trainer.callback_metrics["val/baseline_nll"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_the_known_entropy_of_the_strategies_does_not_depend_on_the_precision(artifact, precision):
+    class Known(TinyData):
+        def strategy_probs(self, x):
+            return [1 / 3, 2 / 3]
+
+    model = build(artifact, {"free_energy_loss": losses_.FreeEnergyLoss()}, num_latents=2, baseline_cache=False)
+    logged = L.Trainer(**QUIET, precision=precision).validate(model, Known(), verbose=False)[0]
+    expected = -(1 / 3 * math.log(1 / 3) + 2 / 3 * math.log(2 / 3))
+    assert logged["val/router/true_cross_entropy"] == pytest.approx(expected, rel=1e-6)
