@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cvae_lightning.backbones.adaptation import Adaptation
 from cvae_lightning.backbones.artifact import Baseline, check_c_base
+from cvae_lightning.backbones.branch_inputs import padded_left
 from cvae_lightning.backbones.causal_lm import load_causal_lm, load_tokenizer, set_dropout
 from cvae_lightning.functional import global_batch_mean, local_batch, masked_token_mean
 from cvae_lightning.losses import LossCallback
@@ -110,11 +111,12 @@ class CVAEModule(AdaptedModule):
         return torch.where(position == end, z, ids), position <= end
 
     def _z_free(self, batch: PairBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ids, mask and y-region of the z-free records, [B, P + 1 + T] each."""
+        """Return ids, mask and y-region of the z-free records, [B, P + 1 + T] each, padded around the record."""
+        prefix_ids, prefix_mask = padded_left(batch.prefix_ids, batch.prefix_mask)
         y_open = torch.full_like(batch.y_ids[:, :1], self.template.marker_ids["<y>"])
-        on, off = batch.y_mask.new_ones(len(batch), 1), torch.zeros_like(batch.prefix_mask)
-        ids = torch.cat([batch.prefix_ids, y_open, batch.y_ids], -1)
-        mask = torch.cat([batch.prefix_mask, on, batch.y_mask], -1)
+        on, off = batch.y_mask.new_ones(len(batch), 1), torch.zeros_like(prefix_mask)
+        ids = torch.cat([prefix_ids, y_open, batch.y_ids], -1)
+        mask = torch.cat([prefix_mask, on, batch.y_mask], -1)
         return ids, mask, torch.cat([off, on, batch.y_mask], -1)
 
     def required_fields(self, stage: str) -> frozenset[str]:

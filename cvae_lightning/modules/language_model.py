@@ -15,6 +15,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from cvae_lightning.backbones.branch_inputs import padded_left
 from cvae_lightning.backbones.causal_lm import (
     build_causal_lm,
     decoder_of,
@@ -102,10 +103,11 @@ class LanguageModule(HasSpec, Shardable):
             batch: the records.
             gap: [B] number of positions left free before ``<y>``; None = 0.
         """
-        width = batch.prefix_ids.shape[1]
+        prefix_ids, prefix_mask = padded_left(batch.prefix_ids, batch.prefix_mask)
+        width = prefix_ids.shape[1]
         y_open = torch.full_like(batch.y_ids[:, :1], self.template.marker_ids["<y>"])
-        ids = torch.cat([batch.prefix_ids, y_open, batch.y_ids[:, :-1]], -1)
-        mask = torch.cat([batch.prefix_mask, batch.y_mask[:, :1], batch.y_mask[:, :-1]], -1)
+        ids = torch.cat([prefix_ids, y_open, batch.y_ids[:, :-1]], -1)
+        mask = torch.cat([prefix_mask, batch.y_mask[:, :1], batch.y_mask[:, :-1]], -1)
         behind = torch.arange(ids.shape[1], device=ids.device) >= width
         offset = None if gap is None else gap[:, None] * behind
         hidden = read_hidden(decoder_of(lm), ids, mask, offset)[:, width:]  # [B, T, D]
