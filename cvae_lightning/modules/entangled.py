@@ -141,7 +141,7 @@ class EntangledLM(LanguageModule):
     @property
     def positions_between(self) -> int:
         """Number of positions that may lie between x and y: in training also the largest gap and ``<y>``."""
-        return max(super().positions_between, self.max_gap + 1 if self.lm.training else 0)  # type: ignore[attr-defined]
+        return max(super().positions_between, self.max_gap + 1 if self.lm.training else 0)
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Return the mean NLL per y-token of the batch, in nats."""

@@ -31,7 +31,7 @@ def silent_parameters(module: nn.Module, total: Tensor) -> list[nn.Parameter]:
 
 def with_zero_gradients(total: Tensor, parameters: list[nn.Parameter]) -> Tensor:
     """Return ``total`` as it is, whose backward pass gives the parameters a gradient of 0."""
-    result: Tensor = _ZeroGradients.apply(total, *parameters)  # type: ignore[no-untyped-call]
+    result: Tensor = _ZeroGradients.apply(total, *parameters)
     return result
 
 
