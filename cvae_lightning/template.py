@@ -85,6 +85,8 @@ class PromptTemplate:
         self.latent_prefixes: list[list[int]] = [
             [ids[latent_token(k, part)] for part in range(prefix_length)] for k in range(num_latents)
         ]  # K rows of m ids
+        self.added_ids: list[int] = [ids[token] for token in missing]
+        """Tokens that the tokenizer lacked, so that a model of its own has never seen them."""
         self.bos: list[int] = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self.eos: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.pad_id: int = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)

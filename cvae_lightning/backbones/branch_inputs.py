@@ -25,6 +25,17 @@ class BranchOutput:
     router_hidden: Tensor
 
 
+def padded_left(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return prefixes and their mask, [B, P] each, with padding behind them moved to the left.
+
+    Between a prefix and what follows it, windows and recurrent states would see it.
+    """
+    place = torch.arange(ids.shape[1], device=ids.device)
+    shift = (mask * (place + 1)).argmax(-1, keepdim=True) + 1  # [B, 1]; P where padded on the left
+    source = (place + shift) % max(1, ids.shape[1])
+    return ids.gather(1, source), mask.gather(1, source)
+
+
 @dataclass(frozen=True)
 class BranchInputs:
     """One prefix per example and K suffixes behind it; positions count real tokens, so padding changes nothing.
@@ -45,11 +56,8 @@ class BranchInputs:
 
     @classmethod
     def of(cls, prefix_ids: Tensor, prefix_mask: Tensor, *others: Any) -> BranchInputs:
-        """Move padding between prefix and suffix to the left, where windows and recurrent states do not see it."""
-        place = torch.arange(prefix_ids.shape[1], device=prefix_ids.device)
-        shift = (prefix_mask * (place + 1)).argmax(-1, keepdim=True) + 1  # [B, 1]; P where padded on the left
-        source = (place + shift) % max(1, prefix_ids.shape[1])
-        return cls(prefix_ids.gather(1, source), prefix_mask.gather(1, source), *others)
+        """Take prefixes that are padded on either side."""
+        return cls(*padded_left(prefix_ids, prefix_mask), *others)
 
     @property
     def num_latents(self) -> int:

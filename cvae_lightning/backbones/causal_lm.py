@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +71,7 @@ def load_causal_lm(name: str) -> Any:
     """Load a causal LM from a folder or a hub name in float32 and training mode, without remote code.
 
     Raises:
-        ValueError: if nothing is found there or it is no causal LM.
+        ValueError: if nothing is found there, it is no causal LM, or its head is not one that :func:`head_of` knows.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -81,7 +81,9 @@ def load_causal_lm(name: str) -> Any:
         lm = AutoModelForCausalLM.from_pretrained(name, config=config, trust_remote_code=False, use_safetensors=True)
     except Exception as error:  # a folder of a stranger's making fails in transformers in every way there is
         raise ValueError(f"cannot load a causal language model from {name!r}: {_first_line(error)}") from error
-    return fuse_activations(lm.float().train())
+    lm = fuse_activations(lm.float().train())
+    _check_head(lm, name)
+    return lm
 
 
 def fuse_activations(lm: Any) -> Any:
@@ -133,37 +135,69 @@ def decoder_of(lm: Any) -> nn.Module:
     return lm.base_model if decoder is None else decoder
 
 
+SOFTCAP_KEYS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Under which families keep the bound of their logits: most, RecurrentGemma, xLSTM."""
+
+
 def head_of(lm: Any) -> Head:
     """Return the head of a causal LM with the scalings that its family applies after it."""
     head, config = lm.get_output_embeddings(), lm.config
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     scale *= getattr(config, "lm_head_multiplier", None) or 1.0
-    return Head(head.weight, head.bias, float(scale), getattr(config, "final_logit_softcapping", None))
+    softcap = next((cap for key in SOFTCAP_KEYS if (cap := getattr(config, key, None))), None)
+    return Head(head.weight, head.bias, float(scale), softcap)
 
 
-def add_token_rows(lm: Any, vocab_size: int, std: float, generator: torch.Generator | None = None) -> list[int]:
+@torch.no_grad()
+def _check_head(lm: Any, name: str) -> None:
+    """Raise unless :func:`head_of` gives the family's own logits on a few tokens; families scale them as they please.
+
+    Raises:
+        ValueError: naming the family.
+    """
+    ids = torch.arange(min(4, lm.get_input_embeddings().weight.shape[0]))[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    with evaluating(lm):
+        found = head_of(lm).logits(decoder_of(lm)(**inputs).last_hidden_state)
+        expected = lm(**inputs).logits.float()
+    error, size = (found - expected).abs().max(), expected.abs().max()
+    if error > 1e-3 * size:  # not where weights are nan: that is said elsewhere
+        raise ValueError(
+            f"{name!r} is of the family {lm.config.model_type!r}, whose head is none of scale, bias and soft cap: the "
+            f"logits made of its weights are off by {float(error):.3g}; expected a family such as llama, gpt2 or qwen2"
+        )
+
+
+def add_token_rows(
+    lm: Any, vocab_size: int, std: float, generator: torch.Generator | None = None, added: Sequence[int] = ()
+) -> list[int]:
     """Grow the embeddings (and an untied head) to ``vocab_size`` rows; new ones are the mean of the old plus noise.
 
     Hugging Face's own ``mean_resizing`` gives all new rows almost the same vector, so that latent tokens would be
-    copies of each other.
+    copies of each other. Published tables are often padded: the rows of new tokens may be there already, and all zero.
 
     Args:
         lm: a causal LM; changed in place.
-        vocab_size: number of tokens of the tokenizer; a larger embedding is left as it is.
+        vocab_size: number of tokens of the tokenizer; a larger embedding keeps its size.
         std: standard deviation of the noise, in units of the rows' own standard deviation about their mean.
         generator: source of the noise.
+        added: tokens that the model has never seen; those within the embedding get new rows too.
 
     Returns:
         The ids of the new rows.
     """
     old = lm.get_input_embeddings().weight.shape[0]
-    if vocab_size <= old:
+    within = sorted(row for row in added if row < min(old, vocab_size))
+    rows = [*within, *range(old, vocab_size)]
+    if not rows:
         return []
-    lm.resize_token_embeddings(vocab_size, mean_resizing=False)
+    if vocab_size > old:
+        lm.resize_token_embeddings(vocab_size, mean_resizing=False)
+    source = sorted({*range(min(old, vocab_size))} - {*within})
     tables = {id(e.weight): e.weight for e in (lm.get_input_embeddings(), lm.get_output_embeddings())}
     for weight in tables.values():
-        fill_rows(weight, list(range(old, vocab_size)), weight[:old], std, generator)
-    return list(range(old, vocab_size))
+        fill_rows(weight, rows, weight[source], std, generator)
+    return rows
 
 
 @torch.no_grad()
@@ -179,22 +213,26 @@ def fill_rows(weight: Tensor, rows: list[int], source: Tensor, std: float, gener
 
 
 def set_dropout(module: nn.Module, p: float) -> None:
-    """Set every dropout probability in a model, in its modules and in its attention arguments."""
-    for part in module.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = p
-        for name in ("attention_dropout", "attn_pdrop"):
-            if isinstance(getattr(part, name, None), float):
-                setattr(part, name, p)
+    """Set every dropout probability in a model, in its modules and in what they hand to functions."""
+    for part, name, _ in _dropout_rates(module):
+        setattr(part, name, p)
 
 
 def has_dropout(module: nn.Module) -> bool:
     """Return whether some part of the model drops anything out in training mode."""
-    return any(
-        (isinstance(part, nn.Dropout) and part.p > 0)
-        or (isinstance(rate := getattr(part, "attention_dropout", 0.0), float) and rate > 0)
-        for part in module.modules()
-    )
+    return any(rate > 0 for _, _, rate in _dropout_rates(module))
+
+
+def _dropout_rates(module: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
+    """Yield every part of a model that holds a dropout probability, under which name, and the probability.
+
+    Families call it dropout, hidden_dropout, activation_dropout, attn_pdrop, ..., and some give it as the integer 0.
+    """
+    for part in module.modules():
+        for name, value in list(vars(part).items()):
+            named = "dropout" in name or name.endswith("_pdrop") or (name == "p" and isinstance(part, nn.Dropout))
+            if named and isinstance(value, int | float) and not isinstance(value, bool):
+                yield part, name, value
 
 
 def read_hidden(decoder: Any, ids: Tensor, mask: Tensor, offset: Tensor | None = None) -> Tensor:

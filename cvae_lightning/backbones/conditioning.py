@@ -34,7 +34,10 @@ class LatentPrefix(nn.Module):
         super().__init__()
         if length < 1 or hidden < 0:
             raise ValueError(f"prefix_length must be at least 1 and prefix_hidden at least 0, got {length}, {hidden}")
-        table = lm.get_input_embeddings().weight.detach().float()
+        with torch.no_grad():  # by the module, which scales its rows in some families (Gemma)
+            embeddings = lm.get_input_embeddings()
+            rows = torch.arange(len(embeddings.weight), device=embeddings.weight.device)
+            table = embeddings(rows).float()
         self.length, self.width = length, table.shape[1]
         self.inner = nn.Sequential(nn.Linear(latent_dim, hidden), nn.Tanh()) if hidden else nn.Identity()
         self.outer = nn.Linear(hidden or latent_dim, length * self.width)

@@ -22,6 +22,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+LEAST_LOG_RATIO = -1e4
+"""Of no account below: exp of it is 0 in every dtype, and products with gradients stay finite."""
+
 
 class HeadSettings(NamedTuple):
     """Everything about the head that is not a tensor; meanings as in `latent_token_stats`."""
@@ -196,7 +199,7 @@ def _divergence(logits: Tensor, lse: Tensor) -> Tensor:
     """Share of a tile [K, C, v] in KL_k, [K, C]. The tile itself stays: compiled, a change would be one more pass."""
     log_probs = logits - lse
     probs = log_probs.exp()
-    return probs.mul_(log_probs.sub_(_log_mixture(probs))).sum(-1)
+    return probs.mul_(_log_ratio(log_probs, probs)).sum(-1)
 
 
 def _gradient(logits: Tensor, lse: Tensor, divergence: Tensor, g_nll: Tensor, g_jsd: Tensor | None) -> Tensor:
@@ -205,12 +208,13 @@ def _gradient(logits: Tensor, lse: Tensor, divergence: Tensor, g_nll: Tensor, g_
     grad = log_probs.exp()
     if g_jsd is None:
         return grad.mul_(g_nll)
-    log_ratio = log_probs.sub_(_log_mixture(grad))
-    return grad.mul_(log_ratio.mul_(g_jsd).add_(g_nll - g_jsd * divergence))
+    return grad.mul_(_log_ratio(log_probs, grad).mul_(g_jsd).add_(g_nll - g_jsd * divergence))
 
 
-def _log_mixture(probs: Tensor) -> Tensor:
-    return probs.mean(0).clamp_min_(torch.finfo(probs.dtype).tiny).log_()
+def _log_ratio(log_probs: Tensor, probs: Tensor) -> Tensor:
+    """Log(p_k / m), written into ``log_probs``; finite where p_k = 0, as a logit of -inf makes it: 0 * finite = 0."""
+    log_mixture = probs.mean(0).clamp_min_(torch.finfo(probs.dtype).tiny).log_()
+    return log_probs.sub_(log_mixture).clamp_min_(LEAST_LOG_RATIO)
 
 
 def _within(targets: Tensor, block: slice, latents: int) -> tuple[Tensor, Tensor]:

@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torchmetrics import Metric
 
 
-class SumStatistics(Metric):
+class FixedPrecision(Metric):
+    """A metric whose states keep their dtype wherever the module that holds it goes.
+
+    ``bf16-true`` and ``16-true`` cast whole modules by ``module.to(dtype)``, and a sum in bf16 stands still after a few
+    hundred addends. `set_dtype` still casts.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Module:
+        def moved(state: Tensor) -> Tensor:
+            result = fn(state)
+            return result if self._dtype_convert or result.dtype == state.dtype else state.to(result.device)
+
+        return super()._apply(moved, exclude_state)
+
+
+class SumStatistics(FixedPrecision):
     """A metric whose states are sums over everything it has seen, reduced by a sum over processes.
 
     Floating sums are kept in fp64 and counts in int64, so neither the number of batches nor the number of processes

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
-from cvae_lightning.metrics.base import check_shape
+from cvae_lightning.metrics.base import FixedPrecision, check_shape
 
 
-class LatentPoints(Metric):
+class LatentPoints(FixedPrecision):
     """Posterior and router means of every record, over all processes, in the order of the records.
 
     `compute()` returns `posterior_mean`, `router_mean`, [N, D] fp32 each, `strategy` and `index`, [N]. Records that a

@@ -6,16 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
-from cvae_lightning.metrics.base import check_counts, check_range, check_shape
+from cvae_lightning.metrics.base import FixedPrecision, check_counts, check_range, check_shape
 from cvae_lightning.metrics.matching import latent_strategies
 
 NUM_BINS = 10
 ROUTER_SCORES = ("cross_entropy", "expected_cross_entropy", "true_cross_entropy", "calibration_error")
 
 
-class RouterCalibration(Metric):
+class RouterCalibration(FixedPrecision):
     """The router as a predictor of the strategy: its cross-entropy and its calibration.
 
     p(s|x) is the router's probability of all latents that stand for strategy s in the same records: the best one-to-one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from copy import deepcopy
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from cvae_lightning.backbones.adaptation import Adaptation, sharing_copy, train_rows
 from cvae_lightning.backbones.causal_lm import add_token_rows
-from cvae_lightning.modules.base_weights import FORMAT_KEY, WEIGHTS, check_base, describe_base
+from cvae_lightning.modules.base_weights import FORMAT_KEY, MARKERS, WEIGHTS, check_base, describe_base
 from cvae_lightning.modules.language_model import LanguageModule, describe_lm
 from cvae_lightning.modules.lora import LoRA
 
@@ -41,12 +42,14 @@ class AdaptedModule(LanguageModule):
         self._reference: list[Any] = []  # a list keeps the entangled model out of parameters() and checkpoints
         self._frozen: list[nn.Parameter] = []
         self._base: dict[str, str] = {}
+        self._new_markers = [i for i in self.template.added_ids if i in self.template.marker_ids.values()]
         if adaptation == "full":
             return
         if isinstance(self.entangled, str):
-            self._base = describe_base(self.entangled, lm)
-        else:  # of a checkpoint
+            self._base = describe_base(self.entangled, lm) | {MARKERS: json.dumps(self._new_markers)}
+        else:  # of a checkpoint, whose tokenizer has the markers that its base lacks
             self._base = {name: text for name, text in self.entangled.items() if name.startswith("base_")}
+            self._new_markers = json.loads(self._base.get(MARKERS, "[]"))
         self._add_marker_rows(lm)
         self._reference.append(sharing_copy(lm).eval())
         self._frozen = list(lm.parameters())
@@ -60,7 +63,7 @@ class AdaptedModule(LanguageModule):
     def add_rows(self, std: float) -> None:
         """Give the generator rows for all tokens of the template; without ``full`` adaptation beside its weights."""
         if self.adaptation == "full":
-            add_token_rows(self.lm, len(self.template), std)
+            add_token_rows(self.lm, len(self.template), std, added=self.template.added_ids)
         else:
             self._adapt(self.lm)
 
@@ -84,7 +87,7 @@ class AdaptedModule(LanguageModule):
         Latents get none: they would take probability from y.
         """
         rows = max(self.template.marker_ids.values()) + 1
-        add_token_rows(lm, rows, 1.0, torch.Generator().manual_seed(0))
+        add_token_rows(lm, rows, 1.0, torch.Generator().manual_seed(0), self._new_markers)
 
     def _frozen_names(self) -> list[str]:
         frozen = {id(parameter) for parameter in self._frozen}

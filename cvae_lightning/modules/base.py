@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cvae_lightning.backbones.adaptation import Adaptation
 from cvae_lightning.backbones.artifact import Baseline, check_c_base
+from cvae_lightning.backbones.branch_inputs import padded_left
 from cvae_lightning.backbones.causal_lm import load_causal_lm, load_tokenizer, set_dropout
 from cvae_lightning.functional import global_batch_mean, local_batch, masked_token_mean
 from cvae_lightning.losses import LossCallback
@@ -21,6 +22,7 @@ from cvae_lightning.modules.entangled import measure_baseline
 from cvae_lightning.modules.frozen_baseline import FrozenBaseline
 from cvae_lightning.modules.language_model import rebuild_lm
 from cvae_lightning.modules.lora import LoRA
+from cvae_lightning.modules.silent_parts import averages_gradients, silent_parameters, with_zero_gradients
 from cvae_lightning.outputs import ContinuousOutputs, DiscreteOutputs, PairBatch
 from cvae_lightning.template import PromptTemplate
 
@@ -82,6 +84,7 @@ class CVAEModule(AdaptedModule):
         set_dropout(lm, dropout)
         self.adapt(lm, adaptation, lora, keep_frozen)
         self.keep_longest_y()
+        self._silent: list[nn.Parameter] | None = None  # since the last optimizer step
 
     # The line of the step: batch -> outputs -> terms -> objective -> log.
 
@@ -89,7 +92,7 @@ class CVAEModule(AdaptedModule):
         """Return (total, raw terms, outputs) of one batch."""
         outputs = self.compute_outputs(batch, self.required_fields(stage))
         terms = self.loss_terms(outputs)
-        return self.objective(terms), terms, outputs
+        return self._expected_by_ddp(self.objective(terms)), terms, outputs
 
     @abstractmethod
     def compute_outputs(self, batch: PairBatch, fields: frozenset[str]) -> Outputs:
@@ -108,11 +111,12 @@ class CVAEModule(AdaptedModule):
         return torch.where(position == end, z, ids), position <= end
 
     def _z_free(self, batch: PairBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ids, mask and y-region of the z-free records, [B, P + 1 + T] each."""
+        """Return ids, mask and y-region of the z-free records, [B, P + 1 + T] each, padded around the record."""
+        prefix_ids, prefix_mask = padded_left(batch.prefix_ids, batch.prefix_mask)
         y_open = torch.full_like(batch.y_ids[:, :1], self.template.marker_ids["<y>"])
-        on, off = batch.y_mask.new_ones(len(batch), 1), torch.zeros_like(batch.prefix_mask)
-        ids = torch.cat([batch.prefix_ids, y_open, batch.y_ids], -1)
-        mask = torch.cat([batch.prefix_mask, on, batch.y_mask], -1)
+        on, off = batch.y_mask.new_ones(len(batch), 1), torch.zeros_like(prefix_mask)
+        ids = torch.cat([prefix_ids, y_open, batch.y_ids], -1)
+        mask = torch.cat([prefix_mask, on, batch.y_mask], -1)
         return ids, mask, torch.cat([off, on, batch.y_mask], -1)
 
     def required_fields(self, stage: str) -> frozenset[str]:
@@ -141,6 +145,21 @@ class CVAEModule(AdaptedModule):
         if not active:
             raise ValueError("every loss has weight 0, so there is nothing to minimise: give at least one a weight")
         return torch.stack(active).sum()
+
+    def _expected_by_ddp(self, total: Tensor) -> Tensor:
+        """Return the total, with gradients of 0 for parts that no active term reads, where DDP waits for gradients."""
+        if not (total.requires_grad and averages_gradients(self)):
+            return total
+        silent = silent_parameters(self, total)
+        before = {id(p) for p in (silent if self._silent is None else self._silent)}
+        self._silent = [p for p in silent if id(p) in before]  # in all batches of the optimizer step
+        return with_zero_gradients(total, silent) if silent else total
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Leave parts that nothing reads to no decay and no moments, as in a single process."""
+        for parameter in self._silent or ():
+            parameter.grad = None
+        self._silent = None
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Return the objective of a batch and log its raw terms, weights and contributions."""

@@ -13,7 +13,7 @@ FORMAT = 2
 """Version of the checkpoints: 1, without a number, holds all weights; 2 may leave frozen ones out."""
 
 FORMAT_KEY = "cvae_lightning_format"
-WEIGHTS, NAME, FOLDER = "base_weights", "base_name", "base_folder"
+WEIGHTS, NAME, FOLDER, MARKERS = "base_weights", "base_name", "base_folder", "base_new_markers"
 ADVICE = "give model.entangled (in Python, entangled=) as the folder or hub name of the model that it was trained from"
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cvae_lightning.backbones.adaptation import Adaptation
 from cvae_lightning.backbones.branches import BranchMethod, BranchOutput, run_branches
-from cvae_lightning.backbones.causal_lm import head_of
+from cvae_lightning.backbones.causal_lm import has_dropout, head_of
 from cvae_lightning.backbones.conditioning import Injection, LatentNorms, LatentPrefix, check_norm_branches
 from cvae_lightning.backbones.posterior import Pooling, PosteriorNetwork
 from cvae_lightning.functional import gaussian_log_prob, gaussian_sample, importance_weighted_evidence, soft_bound
@@ -195,7 +195,8 @@ class ContinuousCVAE(GaussianUse):
                 proposed = self.router(self.read_prompt(batch))
                 groups["router"] = gaussian_sample(*proposed, samples if evaluate else self.num_router_samples, True)
         if "inter_latent_jsd" in fields:
-            groups["compared"] = self.divergence_latents(own)
+            each = -(-self.num_divergence_latents // len(batch))  # samples of an example: a small batch needs more
+            groups["compared"] = self.divergence_latents(own if each <= samples else gaussian_sample(*q, each))
         branches = self.encode(batch, torch.cat(list(groups.values()), 1))
         parts = branches.hidden.split([group.shape[1] for group in groups.values()], 1)
         hidden = dict(zip(groups, parts, strict=True))
@@ -205,7 +206,8 @@ class ContinuousCVAE(GaussianUse):
         log_weights = log_evidence = log_evidence_error = None
         if "router" in groups:
             both = torch.cat([groups["own"], groups["router"]], 1)
-            log_ratio = self.log_ratio(both, p, q, samples)
+            noisy = self.lm.training and has_dropout(self.lm)  # else both passes find the same router
+            log_ratio = self.log_ratio(both, p, q, samples, proposed if noisy else None)
             both_nll = torch.cat([nll["own"], nll["router"]], 1)
             if evaluate:
                 log_evidence, log_evidence_error = importance_weighted_evidence(log_ratio - both_nll.sum(-1))
@@ -232,16 +234,23 @@ class ContinuousCVAE(GaussianUse):
         )
 
     @staticmethod
-    def log_ratio(z: Tensor, p: tuple[Tensor, Tensor], q: tuple[Tensor, Tensor], own: int) -> Tensor:
+    def log_ratio(
+        z: Tensor,
+        p: tuple[Tensor, Tensor],
+        q: tuple[Tensor, Tensor],
+        own: int,
+        proposed: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Return log p(z|x) - log r(z), [B, S], for samples of which ``own`` come from q and the others from p.
 
         The proposal r is the mixture of q and p in these shares, and is held fixed. So the ratio is bounded, and its
         mean has a small variance even where q misses a mode (Hesterberg 1995, defensive mixtures; Veach & Guibas 1995,
-        the balance heuristic).
+        the balance heuristic). Where dropout gives p anew in every pass, ``proposed`` is the p of the others' pass.
         """
         log_p, log_q = (gaussian_log_prob(z, mean[:, None], logvar[:, None]) for mean, logvar in (p, q))
+        log_other = log_p if proposed is None else gaussian_log_prob(z, *(part[:, None] for part in proposed))
         share = own / z.shape[1]
-        return log_p - torch.logaddexp(log_q + math.log(share), log_p + math.log1p(-share)).detach()
+        return log_p - torch.logaddexp(log_q + math.log(share), log_other + math.log1p(-share)).detach()
 
     def required_fields(self, stage: str) -> frozenset[str]:
         """Return the optional output fields to compute; at evaluation the importance-weighted evidence too."""

@@ -252,7 +252,8 @@ class SharedDiscreteCVAE(DiscreteUse):
                 branches = self.encode(batch)
                 clean_nll, _ = self.generator(branches, batch, need_jsd=False)
                 clean = exact_posterior(self.router(branches), clean_nll.sum(-1), self.posterior_temperature)
-            log_q = log_q + (clean - log_q.detach())
+            # normalised behind the exchange of values: the gradient is then that of a softmax at the clean values
+            log_q = (log_q + (clean - log_q).detach()).log_softmax(-1)
         if (share := self.seed_share) > 0 and amortized_log_probs is not None:
             log_q = (share * amortized_log_probs.detach() + (1 - share) * log_q).log_softmax(-1)
         return log_q
@@ -310,7 +311,9 @@ class SharedDiscreteCVAE(DiscreteUse):
     ) -> None:
         """Accumulate one evaluation batch."""
         probs = getattr(getattr(self.trainer, "datamodule", None), "strategy_probs", None)
-        true_probs = None if probs is None else torch.tensor([probs(x) for x in batch.x], device=batch.index.device)
+        true_probs = None
+        if probs is not None:  # in fp32, the usual default, which bf16-true changes; every device has it
+            true_probs = torch.tensor([probs(x) for x in batch.x], dtype=torch.float32, device=batch.index.device)
         self.metrics.update(cast(DiscreteOutputs, outputs), batch.strategy, terms, extra, true_probs)
 
     def aggregate_outputs(self) -> DiscreteOutputs:

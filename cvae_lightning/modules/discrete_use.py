@@ -14,7 +14,7 @@ from cvae_lightning.backbones.causal_lm import evaluating
 from cvae_lightning.backbones.conditioning import LatentNorms
 from cvae_lightning.backbones.generation import expansion
 from cvae_lightning.functional import exact_posterior, log_marginal_likelihood
-from cvae_lightning.modules.text_use import TextUse, batched, check_texts, rounded
+from cvae_lightning.modules.text_use import TextUse, batched, check_texts, latent_source, rounded
 from cvae_lightning.outputs import PairBatch
 from cvae_lightning.template import Text
 
@@ -147,8 +147,7 @@ class DiscreteUse(TextUse):
             if z not in ("router", "argmax"):
                 raise ValueError(f"z must be a latent, a list of latents, 'router', 'argmax' or 'all', got {z!r}")
             log_probs = self.route(x)
-            seed = options.get("generator_seed")
-            source = None if seed is None else torch.Generator().manual_seed(seed)
+            source = latent_source(options.get("generator_seed"))
             drawn = log_probs.argmax(-1) if z == "argmax" else torch.multinomial(log_probs.exp(), 1, generator=source)
             latents = drawn.flatten().tolist()
         else:

@@ -99,7 +99,7 @@ class EntangledLM(LanguageModule):
 
     def _adopt(self, lm: Any, tokenizer: Any) -> None:
         self.template = PromptTemplate(tokenizer, 0, **self.template_options)
-        add_token_rows(lm, len(self.template), self.new_token_std)
+        add_token_rows(lm, len(self.template), self.new_token_std, added=self.template.added_ids)
         self.lm = lm
 
     def setup(self, stage: str) -> None:
@@ -137,6 +137,11 @@ class EntangledLM(LanguageModule):
             os.makedirs(self.output_dir, exist_ok=True)
             if not os.access(self.output_dir, os.W_OK):
                 raise PermissionError(f"output_dir {self.output_dir!r} cannot be written")
+
+    @property
+    def positions_between(self) -> int:
+        """Number of positions that may lie between x and y: in training also the largest gap and ``<y>``."""
+        return max(super().positions_between, self.max_gap + 1 if self.lm.training else 0)
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Return the mean NLL per y-token of the batch, in nats."""

@@ -15,7 +15,7 @@ from cvae_lightning.backbones.causal_lm import evaluating
 from cvae_lightning.backbones.conditioning import LatentNorms, LatentPrefix
 from cvae_lightning.backbones.generation import expansion
 from cvae_lightning.functional import gaussian_sample, importance_weighted_evidence
-from cvae_lightning.modules.text_use import TextUse, check_texts, rounded
+from cvae_lightning.modules.text_use import TextUse, check_texts, latent_source, rounded
 from cvae_lightning.outputs import PairBatch
 from cvae_lightning.template import Text
 
@@ -54,7 +54,13 @@ class GaussianUse(TextUse):
 
     @staticmethod
     @abstractmethod
-    def log_ratio(z: Tensor, p: tuple[Tensor, Tensor], q: tuple[Tensor, Tensor], own: int) -> Tensor:
+    def log_ratio(
+        z: Tensor,
+        p: tuple[Tensor, Tensor],
+        q: tuple[Tensor, Tensor],
+        own: int,
+        proposed: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Return log p(z|x) - log r(z), [B, S], for samples of which ``own`` come from q and the others from p."""
 
     @torch.no_grad()
@@ -176,8 +182,7 @@ class GaussianUse(TextUse):
             mean, logvar = self.route(x)
             if z == "mean":
                 return mean
-            source = None if seed is None else torch.Generator().manual_seed(seed)
-            return mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=source)
+            return mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=latent_source(seed))
         latents = z.expand(len(x), -1) if z.ndim == 1 else z
         if latents.shape != (len(x), self.latent_dim):
             raise ValueError(f"z must have shape [{len(x)}, {self.latent_dim}], got {list(z.shape)}")

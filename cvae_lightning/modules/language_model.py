@@ -11,10 +11,12 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from cvae_lightning.backbones.branch_inputs import padded_left
 from cvae_lightning.backbones.causal_lm import (
     build_causal_lm,
     decoder_of,
@@ -81,7 +83,9 @@ class LanguageModule(HasSpec, Shardable):
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
-        fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
+        # under mixed precision Lightning refuses to clip for a fused optimizer, which may unscale gradients by itself
+        clips_mixed = self.trainer.gradient_clip_val and isinstance(self.trainer.precision_plugin, MixedPrecision)
+        fused = not clips_mixed and all(p.device.type in ("cpu", "cuda") for p in parameters)
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.98), fused=fused)
         total = int(min(steps_of_run(self.trainer), 2**53))
         scheduler = LambdaLR(optimizer, lambda step: self.learning_rate_factor(step, total))
@@ -101,10 +105,11 @@ class LanguageModule(HasSpec, Shardable):
             batch: the records.
             gap: [B] number of positions left free before ``<y>``; None = 0.
         """
-        width = batch.prefix_ids.shape[1]
+        prefix_ids, prefix_mask = padded_left(batch.prefix_ids, batch.prefix_mask)
+        width = prefix_ids.shape[1]
         y_open = torch.full_like(batch.y_ids[:, :1], self.template.marker_ids["<y>"])
-        ids = torch.cat([batch.prefix_ids, y_open, batch.y_ids[:, :-1]], -1)
-        mask = torch.cat([batch.prefix_mask, batch.y_mask[:, :1], batch.y_mask[:, :-1]], -1)
+        ids = torch.cat([prefix_ids, y_open, batch.y_ids[:, :-1]], -1)
+        mask = torch.cat([prefix_mask, batch.y_mask[:, :1], batch.y_mask[:, :-1]], -1)
         behind = torch.arange(ids.shape[1], device=ids.device) >= width
         offset = None if gap is None else gap[:, None] * behind
         hidden = read_hidden(decoder_of(lm), ids, mask, offset)[:, width:]  # [B, T, D]
@@ -233,6 +238,11 @@ class LanguageModule(HasSpec, Shardable):
         self.check_positions(batch)
         self._longest_seen = max(self._longest_seen, batch.y_ids.shape[1])
 
+    @property
+    def positions_between(self) -> int:
+        """Number of positions that may lie between x and y."""
+        return self.template.section_length
+
     def check_positions(self, batch: PairBatch) -> None:
         """Raise if a record, latent section included, is longer than the model can read.
 
@@ -240,15 +250,16 @@ class LanguageModule(HasSpec, Shardable):
             ValueError: naming the length, the limit and the ways out.
         """
         limit = getattr(self.lm.config, "max_position_embeddings", None)
-        section = self.template.section_length
-        if not limit or batch.prefix_ids.shape[1] + section + batch.y_ids.shape[1] <= limit:
+        between = self.positions_between
+        if not limit or batch.prefix_ids.shape[1] + between + batch.y_ids.shape[1] <= limit:
             return
-        lengths = batch.prefix_mask.sum(-1) + section + batch.y_mask.sum(-1)
+        lengths = batch.prefix_mask.sum(-1) + between + batch.y_mask.sum(-1)
         row = int(lengths.argmax())
         if int(lengths[row]) > limit:
+            room = limit - between + self.template.section_length
             raise ValueError(
                 f"the record whose x begins with {batch.x[row][:40]!r} takes {int(lengths[row])} tokens, more than the "
-                f"model's {limit} positions: set model.init_args.max_length to {limit} (and on_overflow to skip, to "
+                f"model's {limit} positions: set model.init_args.max_length to {room} (and on_overflow to skip, to "
                 "leave such records out), or take a model with a larger max_position_embeddings"
             )
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from cvae_lightning.modules.base import CVAEModule
@@ -40,6 +42,17 @@ class TextUse(CVAEModule):
             if y is not None:
                 self.check_positions(batch)
             yield batch.to(self.device)
+
+
+def latent_source(seed: int | None) -> torch.Generator | None:
+    """Return the source of the latents' noise for a ``generator_seed``, on the CPU; None = the global one.
+
+    The seed itself belongs to the noise of the tokens: from one stream for both, y would follow z by chance alone.
+    """
+    if seed is None:
+        return None
+    digest = hashlib.blake2b(f"z/{seed}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def check_texts(texts: Sequence[Text], name: str) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import CONFIGS, RECORDS, tiny_artifact, tiny_lm
 
-from cvae_lightning.backbones.causal_lm import read_hidden
+from cvae_lightning.backbones.causal_lm import build_causal_lm, read_hidden
 from cvae_lightning.backbones.conditioning import LatentNorms, LatentPrefix
 from cvae_lightning.losses import ReconstructionLoss
 from cvae_lightning.modules import ContinuousCVAE
@@ -37,6 +37,18 @@ def test_prefix_starts_with_the_spread_of_the_embeddings(hidden):
         assert float(vectors.std(0).mean()) == pytest.approx(float(table.std()), rel=0.2)
     with pytest.raises(ValueError, match="prefix_length"):
         LatentPrefix(lm, 2, length=0)
+
+
+def test_prefix_has_the_scale_of_embeddings_that_their_module_multiplies():
+    """Gemma multiplies by the root of the width, 4."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    lm = build_causal_lm({"model_type": "gemma2", **sizes, "num_key_value_heads": 1, "head_dim": 8}, 40, 0)
+    seen = lm.get_input_embeddings()(torch.arange(40)).detach()
+    assert float(seen.std()) == pytest.approx(4 * float(lm.get_input_embeddings().weight.detach().std()))
+    vectors = LatentPrefix(lm, latent_dim=64)(torch.randn(2000, 64)).detach()
+    assert float(vectors.std(0).mean()) == pytest.approx(float(seen.std()), rel=0.2)
+    torch.testing.assert_close(vectors.mean((0, 1)), seen.mean(0), atol=0.1 * float(seen.std()), rtol=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

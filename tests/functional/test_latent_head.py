@@ -218,7 +218,8 @@ def test_shapes_that_do_not_fit_are_refused():
 
 
 @pytest.mark.parametrize("pieces", [{}, TINY], ids=["plain", "chunked"])
-def test_words_that_the_bias_forbids(pieces):
+@pytest.mark.parametrize("need_jsd", [False, True])
+def test_words_that_the_bias_forbids(pieces, need_jsd):
     """A whole block of the vocabulary may have logits of -inf."""
     hidden, weight, bias, targets = inputs()
     targets = torch.where(targets >= 0, targets % 3 + 8, targets)
@@ -227,7 +228,12 @@ def test_words_that_the_bias_forbids(pieces):
     for first in (0, 8):
         leaf = hidden.clone().requires_grad_()
         shifted = torch.where(targets >= 0, targets - first, targets)
-        nll, _ = latent_token_stats(leaf, weight[first:], shifted, bias=bias[first:], need_jsd=False, **pieces)
-        nll.sin().sum().backward()
-        results.append((nll, leaf.grad))
+        rows = {
+            "bias": bias[first:].clone().requires_grad_(),
+            "lm_head_weight": weight[first:].clone().requires_grad_(),
+        }
+        nll, jsd = latent_token_stats(leaf, targets=shifted, need_jsd=need_jsd, **rows, **pieces)
+        jsd = torch.zeros(()) if jsd is None else 100 * jsd  # a large slope, which -inf must not meet
+        (nll.sin().sum() + jsd.sum()).backward()
+        results.append((nll, jsd, leaf.grad, *(row.grad[-(len(bias) - 8) :] for row in rows.values())))
     torch.testing.assert_close(*results)

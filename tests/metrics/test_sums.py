@@ -29,6 +29,27 @@ def test_sums_do_not_lose_small_addends():
     assert metric.compute().item() == (1e8 + 1000) / 1000
 
 
+@pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.bfloat16(), lambda m: m.half()])
+def test_sums_stay_exact_in_a_module_that_is_cast(cast):
+    """As bf16-true and 16-true cast it; after a reset too."""
+    means, contributions = WeightedMeans(["v"]), LossContribution(["a", "b"])
+    module = torch.nn.ModuleList([means, contributions, torch.nn.Linear(1, 1)])
+    means.update({"v": torch.tensor(1.0 + 2.0**-20)})
+    cast(module)
+    assert module[2].weight.dtype != torch.float32
+    assert means.compute()["v"].item() == 1.0 + 2.0**-20  # no digit lost on the way
+    for _ in range(2):
+        module[0].reset()
+        contributions.reset()
+        for i in range(1000):
+            means.update({"v": torch.tensor(float(i))}, weight=32)
+            contributions.update({"a": torch.tensor(3.0), "b": torch.tensor(1.0)})
+        assert means.compute()["v"].item() == 499.5
+        assert contributions.compute()["a"].item() == 0.75
+        assert {means.sums.dtype, contributions.totals.dtype} == {torch.float64}
+    assert means.set_dtype(torch.float32).sums.dtype == torch.float32
+
+
 def test_evidence_and_baseline_per_token():
     metric = Evidence()
     metric.update(torch.tensor([-1.0, -2.0]), None, torch.tensor([2, 3]))

@@ -6,7 +6,7 @@ import lightning as L
 import pytest
 import torch
 from processes import run_in_processes
-from tiny import QUIET, RECORDS, TinyData, tiny_artifact
+from tiny import CONFIGS, QUIET, RECORDS, TinyData, tiny_artifact
 from torch.nn.parallel import DistributedDataParallel
 
 from cvae_lightning import losses as losses_
@@ -331,3 +331,28 @@ def test_wrong_options_are_one_clear_error(artifact):
     ):
         with pytest.raises(ValueError, match=why):
             LoRA(**options)
+
+
+@pytest.mark.parametrize("adaptation", ["full", "frozen"])
+def test_markers_of_a_plain_model_with_a_padded_table_differ(adaptation, tmp_path):
+    """And they are the same ones whenever the model is loaded."""
+    tokenizer = build_tokenizer(["0123456789;="], "char")
+    torch.manual_seed(0)
+    lm = build_causal_lm(CONFIGS["llama"], len(tokenizer) + 20, 0)
+    with torch.no_grad():
+        lm.get_input_embeddings().weight[len(tokenizer) :] = 0.0
+    lm.save_pretrained(tmp_path / "plain")
+    tokenizer.save_pretrained(tmp_path / "plain")
+    model = build(str(tmp_path / "plain"), adaptation, c_base=1.0)
+    again = build(str(tmp_path / "plain"), adaptation, c_base=1.0)
+    markers = list(model.template.marker_ids.values())
+    for table in (model.lm.get_input_embeddings(), model.reference().get_input_embeddings()):
+        assert len(table.weight) == len(tokenizer) + 20
+        assert torch.pdist(table.weight[markers].detach()).min() > 0.01
+    batch = model.template.collate(RECORDS)
+    nll = model.free_token_nll(model.reference(), batch)
+    assert torch.equal(again.free_token_nll(again.reference(), batch), nll)
+    if adaptation == "frozen":  # whose checkpoint leaves the table out
+        path = saved(model, tmp_path, epochs=1)
+        alone = SharedDiscreteCVAE.load_from_checkpoint(path)
+        assert torch.equal(alone.free_token_nll(alone.reference(), batch), nll)

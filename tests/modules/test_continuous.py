@@ -143,6 +143,26 @@ def test_importance_weights_pull_router_and_posterior_to_the_good_samples(artifa
     assert float(logvar.mean()) < 0
 
 
+def test_under_dropout_samples_are_weighed_by_the_router_that_drew_them(tmp_path):
+    chosen = {"free_energy_loss": losses_.FreeEnergyLoss()}
+    options = {"num_samples": 2, "num_router_samples": 2, "posterior_temperature": 1.0}
+    model = build(tiny_artifact(tmp_path, "gpt2"), chosen, dropout=0.3, **options).train()
+    torch.nn.init.normal_(model.router_head.weight, std=0.3)
+    routers, route = [], model.router
+    model.router = lambda hidden: routers.append(route(hidden)) or routers[-1]
+    o = outputs_of(model)
+    proposed, p = ([part.detach() for part in router] for router in routers)
+    assert (proposed[0] - p[0]).abs().max() > 0.1
+
+    def density(mean, logvar):
+        normal = torch.distributions.Normal(mean[:, None], (0.5 * logvar[:, None]).exp())
+        return normal.log_prob(o.latents).sum(-1).exp()
+
+    mixture = 0.5 * density(o.posterior_mean, o.posterior_logvar) + 0.5 * density(*proposed)
+    expected = density(*p).log() - mixture.log() - o.token_nll.sum(-1) - math.log(4)
+    torch.testing.assert_close(o.sample_log_weights, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_batches_may_be_permuted_and_padded(artifact):
     model = build(artifact).eval()
     with torch.no_grad():
@@ -194,6 +214,16 @@ def test_compared_latents_come_from_different_examples(artifact):
     assert len(set(pool[0, :, 0].tolist())) == 4
     assert torch.equal(pool[0], pool[3])
     assert model.divergence_latents(latents[:1]).shape == (1, 4, 2)  # B = 1: samples repeat
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_a_small_batch_compares_latents_that_differ(artifact, size):
+    model = build(artifact, num_samples=1, num_divergence_latents=4)
+    compared, encode = [], model.encode
+    model.encode = lambda batch, latents: compared.append(latents[:, -4:]) or encode(batch, latents)
+    o = outputs_of(model, records=RECORDS[:size])
+    assert [len(row.unique(dim=0)) for row in compared[0].detach()] == [4] * size
+    assert o.inter_latent_jsd.detach().max() > 1e-6
 
 
 def test_extreme_network_outputs_stay_finite(artifact):

@@ -1,6 +1,7 @@
 """The step of SharedDiscreteCVAE: mathematics, plug-ins, checkpoints."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +135,19 @@ def test_the_exact_posterior_is_computed_without_dropout_and_keeps_its_gradient(
     assert noisy.lm.training
 
 
+def test_the_exact_posterior_stays_a_distribution_under_dropout(tmp_path):
+    """Its sum is 1 whatever the weights, so the sum has no gradient, though one probability has."""
+    free_energy = {"free_energy_loss": losses_.FreeEnergyLoss()}
+    model = build(tiny_artifact(tmp_path, "gpt2"), free_energy, dropout=0.3).train()
+    q = everything(model).posterior_log_probs.exp()
+
+    def norm(value):
+        grads = torch.autograd.grad(value, list(model.lm.parameters()), allow_unused=True, retain_graph=True)
+        return sum(float(g.square().sum()) for g in grads if g is not None) ** 0.5
+
+    assert norm(q.sum()) < 1e-4 * norm(q[:, 0].sum())
+
+
 @pytest.mark.parametrize("pooling", ["mean", "last", "attention"])
 @pytest.mark.parametrize("posterior", ["exact", "amortized"])
 def test_every_posterior_trains(artifact, pooling, posterior):
@@ -263,3 +277,15 @@ def test_c_base_is_measured_where_the_artifact_has_none(tmp_path):
     model = build(str(folder))
     trainer = fit(model)
     assert model.c_base == pytest.approx(float(trainer.callback_metrics["val/baseline_nll"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_the_known_entropy_of_the_strategies_does_not_depend_on_the_precision(artifact, precision):
+    class Known(TinyData):
+        def strategy_probs(self, x):
+            return [1 / 3, 2 / 3]
+
+    model = build(artifact, {"free_energy_loss": losses_.FreeEnergyLoss()}, num_latents=2, baseline_cache=False)
+    logged = L.Trainer(**QUIET, precision=precision).validate(model, Known(), verbose=False)[0]
+    expected = -(1 / 3 * math.log(1 / 3) + 2 / 3 * math.log(2 / 3))
+    assert logged["val/router/true_cross_entropy"] == pytest.approx(expected, rel=1e-6)

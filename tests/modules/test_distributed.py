@@ -18,7 +18,7 @@ from cvae_lightning.backbones.tokenizer import build_tokenizer
 from cvae_lightning.callbacks import PartialGradients, StepSeed, StrategyEvaluation
 from cvae_lightning.data import PairsDataModule, SyntheticDataModule
 from cvae_lightning.data.tasks import MultidigitAddition
-from cvae_lightning.modules import EntangledLM, SharedDiscreteCVAE
+from cvae_lightning.modules import ContinuousCVAE, EntangledLM, SharedDiscreteCVAE
 from cvae_lightning.template import PromptTemplate
 
 SHARDS = (slice(0, 4), slice(4, None))  # four records here, one there, of other lengths
@@ -229,6 +229,48 @@ def test_training_on_two_processes_is_training_on_batches_of_twice_the_size(tmp_
     assert moved > 1e-3
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=2e-2 * float(moved), msg=name)
+
+
+class Switch(L.Callback):
+    """Gives a term the weight 1 from the third optimizer step on, and 0 before."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        pl_module.losses[self.name].weight = float(trainer.global_step >= 2)
+
+
+def test_a_posterior_network_that_waits_for_its_term_trains_as_on_one_process(tmp_path):
+    """Until then no weight decay touches it, and its moments do not begin."""
+    folder = artifact_of(addition(), tmp_path / "artifact")
+    chosen = ("free_energy_loss", "posterior_distillation_loss")
+    weights = []
+    for processes, batch_size in ((1, 8), (2, 4)):
+        torch.manual_seed(3)
+        losses = {name: all_losses()[name] for name in chosen}
+        model = SharedDiscreteCVAE(folder, losses, num_latents=3, warmup_steps=1, weight_decay=0.1)
+        start = {name: value.clone() for name, value in model.state_dict().items()}
+        path, data = tmp_path / f"{processes}.pt", addition(batch_size=batch_size)
+        weights.append(fit(model, data, path, processes, [Switch(chosen[1])], max_steps=4))
+    moved = max((weights[0][name] - start[name]).abs().max() for name in start if name.startswith("posterior_network"))
+    assert moved > 1e-4
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=2e-2 * float(moved), msg=name)
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_a_gaussian_router_that_only_a_term_of_weight_0_reads_stays_until_it_counts(tmp_path, steps):
+    folder = artifact_of(addition(), tmp_path / "artifact")
+    losses = {"reconstruction_loss": losses_.ReconstructionLoss(), "kl_prior_loss": losses_.PriorKLLoss(0.0)}
+    torch.manual_seed(3)
+    options = {"latent_dim": 2, "posterior": "reparameterized", "warmup_steps": 1, "weight_decay": 0.1}
+    model = ContinuousCVAE(folder, losses, **options)
+    torch.nn.init.normal_(model.router_head.weight)
+    start = model.router_head.weight.detach().clone()
+    data = addition(batch_size=4)
+    found = fit(model, data, tmp_path / "found.pt", 2, [Switch("kl_prior_loss")], max_steps=steps)
+    assert torch.equal(found["router_head.weight"], start) == (steps == 2)
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")

@@ -135,6 +135,22 @@ def test_a_foreign_model_gets_rows_for_the_markers_and_keeps_its_own(tmp_path):
     assert Baseline.load(tmp_path / "out").c_base == pytest.approx(nats / tokens, rel=1e-5)
 
 
+@pytest.mark.parametrize("std", [0.0, 1.0])
+def test_markers_within_a_padded_table_start_at_its_mean_plus_noise(tmp_path, std):
+    lm, _ = tiny_lm("qwen2")
+    tokenizer = tiny_tokenizer()  # knows no marker
+    known = len(tokenizer)
+    lm.resize_token_embeddings(known)
+    lm.resize_token_embeddings(known + 9, mean_resizing=False)
+    lm.save_pretrained(tmp_path / "padded")
+    tokenizer.save_pretrained(tmp_path / "padded")
+    model = EntangledLM(str(tmp_path / "out"), model=str(tmp_path / "padded"), new_token_std=std)
+    for table in (model.lm.get_input_embeddings().weight, model.lm.get_output_embeddings().weight):
+        own, new = table.detach()[:known], table.detach()[known : known + 6]
+        assert len(table) == known + 9
+        assert float((new - own.mean(0)).std()) == pytest.approx(std * float(own.std()), rel=0.3, abs=1e-5)
+
+
 def test_generation_stops_where_the_positions_of_the_model_end(tmp_path):
     model = EntangledLM(str(tmp_path / "out"), model=tiny_artifact(tmp_path / "start", "gpt2"))
     (text,) = model.generate(["1" * 50], max_new_tokens=500)
@@ -148,6 +164,17 @@ def test_a_record_longer_than_the_positions_is_named(tmp_path):
         ValueError, match=r"begins with '8+' takes 70 tokens, more than the model's 64 positions: set model\."
     ):
         trainer().fit(model, data)
+
+
+def test_a_gap_that_overruns_the_positions_is_named(tmp_path):
+    """A record of 54 tokens fits beside a latent section, and not beside a gap of 20 positions."""
+    model = EntangledLM(str(tmp_path / "out"), model=tiny_artifact(tmp_path / "start", "gpt2"), max_gap=20)
+    batch = model.template.collate([Record("1" * 23, "2" * 22, 0, 0)])
+    model.eval()
+    model.watch_length(batch)
+    model.train()
+    with pytest.raises(ValueError, match=r"takes 71 tokens, more than the model's 64 positions: .*max_length to 47 "):
+        model.training_step(batch, 0)
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`")

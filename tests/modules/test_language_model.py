@@ -1,11 +1,16 @@
 import sys
 
+import lightning as L
 import pytest
 import torch
-from tiny import RECORDS, tiny_artifact
+from tiny import QUIET, RECORDS, TinyData, tiny_artifact, tiny_tokenizer
 
 from cvae_lightning import EntangledLM, SharedDiscreteCVAE
+from cvae_lightning.backbones.artifact import Baseline, save_artifact
+from cvae_lightning.backbones.causal_lm import build_causal_lm
 from cvae_lightning.losses import ReconstructionLoss
+from cvae_lightning.outputs import Record
+from cvae_lightning.template import PromptTemplate
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +50,39 @@ def test_what_is_saved_knows_the_longest_solution_seen(tmp_path):
     assert again.max_new_tokens == model.max_new_tokens == longest + 8
 
 
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2}
+ATTENTION = {"intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+MAMBA = {"num_heads": 4, "head_dim": 8, "state_size": 4, "n_groups": 1, "chunk_size": 4}
+READERS = {
+    "llama": SMALL | ATTENTION,
+    "mistral": SMALL | ATTENTION | {"sliding_window": 5},
+    "mamba2": SMALL | MAMBA,
+}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", READERS)
+def test_records_without_z_are_read_as_if_alone(tmp_path, family, side):
+    """A short x beside a long one: neither a window nor a recurrent state sees the padding between x and y."""
+    template = PromptTemplate(tiny_tokenizer())
+    torch.manual_seed(0)
+    lm = build_causal_lm({"model_type": family, **READERS[family]}, len(template), template.pad_id)
+    with torch.no_grad():
+        for p in lm.parameters():
+            if p.ndim == 2:
+                p.mul_(6)
+    save_artifact(tmp_path, lm, template.tokenizer, Baseline(1.5, 10, "-", template.fingerprint()))
+    losses = {"reconstruction_loss": ReconstructionLoss()}
+    model = SharedDiscreteCVAE(str(tmp_path), losses, num_latents=2, padding_side=side, posterior="amortized").eval()
+    records = [Record("1234567", "21=3;4;5;6", 0, 0), Record("7", "7=7;1;2", 0, 1)]
+    both, alone = model.template.collate(records), model.template.collate(records[1:])
+    with torch.no_grad():
+        found, expected = (model.free_token_nll(model.lm, batch)[-1] for batch in (both, alone))
+        torch.testing.assert_close(found[: len(expected)], expected, atol=1e-4, rtol=1e-4)
+        found, expected = (model.amortized_posterior(batch)[-1] for batch in (both, alone))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_learning_rate_warms_up_and_decays_to_its_floor(tmp_path):
     lm = EntangledLM(str(tmp_path), config={"model_type": "gpt2"}, warmup_steps=10, final_learning_rate_fraction=0.1)
     factors = [lm.learning_rate_factor(step, 100) for step in range(101)]
@@ -52,6 +90,15 @@ def test_learning_rate_warms_up_and_decays_to_its_floor(tmp_path):
     assert max(factors) == factors[factors.index(max(factors))] <= 1.0
     assert factors[50] == pytest.approx(0.55)
     assert factors[100] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(("precision", "clip", "fused"), [("bf16-mixed", 1.0, False), ("bf16-mixed", None, True)])
+def test_gradients_are_clipped_under_mixed_precision(tmp_path, precision, clip, fused):
+    lm = EntangledLM(str(tmp_path / "out"), model=tiny_artifact(tmp_path / "in"))
+    trainer = L.Trainer(**QUIET, max_steps=2, precision=precision, gradient_clip_val=clip)
+    trainer.fit(lm, TinyData(batch_size=2))
+    assert trainer.global_step == 2
+    assert [group["fused"] for group in trainer.optimizers[0].param_groups] == [fused] * 2
 
 
 def test_a_checkpoint_may_not_name_code_that_is_not_imported(tmp_path):

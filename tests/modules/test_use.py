@@ -146,6 +146,33 @@ def test_token_ids_say_what_their_texts_say(artifact, cls):
     assert all(isinstance(i, int) for two in several for one in two for i in one)
 
 
+@torch.no_grad()
+def test_a_seed_draws_latents_and_tokens_independently(tmp_path):
+    model = build(tiny_artifact(tmp_path, "qwen2"), num_latents=12).eval()
+    model.lm.get_output_embeddings().weight.zero_()  # router and tokens are uniform
+    latents, generate = [], model._generate
+    model._generate = lambda x, section, z, *a, **o: latents.append(int(z)) or generate(x, section, z, *a, **o)
+    options = {"do_sample": True, "max_new_tokens": 1}
+    tokens = [model.generate([[4]], "router", generator_seed=seed, **options)[0] for seed in range(300)]
+    equal = sum(token == [z] for token, z in zip(tokens, latents, strict=True))
+    chance = 1 / len(set(map(tuple, tokens)))
+    assert equal < 300 * chance + 4 * (300 * chance) ** 0.5
+    again = [model.generate([[4]], "router", generator_seed=seed, **options)[0] for seed in range(30)]
+    assert (again, latents[300:]) == (tokens[:30], latents[:30])
+    assert len(set(latents)) == 12
+
+
+@torch.no_grad()
+def test_a_seed_draws_gaussian_latents_apart_from_tokens(artifact):
+    model = build(artifact, cls=ContinuousCVAE, latent_dim=3)
+    mean, logvar = model.route(XS)
+    noise = (model._latents(XS, "router", 5) - mean) / (0.5 * logvar).exp()
+    tokens = torch.randn(mean.shape, generator=torch.Generator().manual_seed(5))  # the stream that draws y
+    assert (noise - tokens).abs().max() > 0.1
+    assert torch.equal(model._latents(XS, "router", 5), model._latents(XS, "router", 5))
+    assert not torch.equal(model._latents(XS, "router", 5), model._latents(XS, "router", 6))
+
+
 def run(function, *arguments):
     torch.manual_seed(0)
     return function(*arguments)

@@ -1,0 +1,62 @@
+"""Parts of a module that the objective does not reach, while DDP waits for the gradients of all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from cvae_lightning.modules.sharding import is_sharded
+
+
+def averages_gradients(module: nn.Module) -> bool:
+    """Whether several processes each hold the whole module, so that DDP averages their gradients."""
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return several and not is_sharded(module)
+
+
+def silent_parameters(module: nn.Module, total: Tensor) -> list[nn.Parameter]:
+    """Return the trained parameters of those children of a module of which the graph of ``total`` reaches none.
+
+    A child counts as a whole: under gradient checkpointing the graph may not show all that it reaches.
+    """
+    reached = {id(leaf) for leaf in _leaves(total)}
+    parts = [[p for p in part.parameters() if p.requires_grad] for part in module.children()]
+    return [p for part in parts if not any(id(p) in reached for p in part) for p in part]
+
+
+def with_zero_gradients(total: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+    """Return ``total`` as it is, whose backward pass gives the parameters a gradient of 0."""
+    result: Tensor = _ZeroGradients.apply(total, *parameters)
+    return result
+
+
+class _ZeroGradients(torch.autograd.Function):
+    """Unlike 0 * sum(parameters) it reads no weight, which may be infinite."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return total.view_as(total)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
+
+
+def _leaves(total: Tensor) -> Iterator[Tensor]:
+    """Yield the leaves of the graph of a tensor that get a gradient."""
+    seen: set[Node] = set()
+    waiting = [total.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        waiting.extend(following for following, _ in node.next_functions)
