@@ -274,6 +274,20 @@ class LanguageModule(HasSpec, Shardable):
         longest = torch.tensor(self.longest_seen, device=self.device)
         self._longest_seen = int(self.trainer.strategy.reduce(longest, reduce_op="max"))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Leave the frequencies of rotary positions in fp32 where ``bf16-true`` casts all else: rounded, far angles err.
+
+        The frozen reference keeps its own, and both are compared.
+        """
+        exact = {name: buffer for name, buffer in self.named_buffers() if name.endswith("inv_freq")}
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            now = self.get_buffer(name)
+            if now.dtype != buffer.dtype:
+                owner, _, own = name.rpartition(".")
+                setattr(self.get_submodule(owner), own, buffer.to(now.device))
+        return self
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.longest_y.fill_(self.longest_seen)
         super()._save_to_state_dict(destination, prefix, keep_vars)

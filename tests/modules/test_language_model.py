@@ -83,6 +83,18 @@ def test_records_without_z_are_read_as_if_alone(tmp_path, family, side):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_rotary_frequencies_stay_exact_in_bf16(tmp_path):
+    model = SharedDiscreteCVAE(tiny_artifact(tmp_path), {"reconstruction_loss": ReconstructionLoss()}, num_latents=2)
+    before = {name: b.clone() for name, b in model.named_buffers() if name.endswith("inv_freq")}
+    model.to(torch.bfloat16)
+    assert {p.dtype for p in model.lm.parameters()} == {torch.bfloat16}
+    assert len(before) > 0
+    for name, frequencies in before.items():
+        torch.testing.assert_close(model.get_buffer(name), frequencies, rtol=0, atol=0)
+    outputs = model.eval().compute_outputs(model.template.collate(RECORDS), frozenset())
+    assert torch.isfinite(outputs.token_nll).all()
+
+
 def test_learning_rate_warms_up_and_decays_to_its_floor(tmp_path):
     lm = EntangledLM(str(tmp_path), config={"model_type": "gpt2"}, warmup_steps=10, final_learning_rate_fraction=0.1)
     factors = [lm.learning_rate_factor(step, 100) for step in range(101)]
