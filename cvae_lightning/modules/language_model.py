@@ -48,6 +48,7 @@ class LanguageModule(HasSpec, Shardable):
 
     lm: Any
     template: PromptTemplate
+    _longest_seen: int
 
     def __init__(
         self,
@@ -275,7 +276,7 @@ class LanguageModule(HasSpec, Shardable):
         self._longest_seen = int(self.trainer.strategy.reduce(longest, reduce_op="max"))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Leave the frequencies of rotary positions in fp32 where ``bf16-true`` casts all else: rounded, far angles err.
+        """Leave rotary frequencies in fp32 where ``bf16-true`` casts all else: of rounded ones, far angles are wrong.
 
         The frozen reference keeps its own, and both are compared.
         """
