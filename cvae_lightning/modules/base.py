@@ -277,7 +277,9 @@ class CVAEModule(AdaptedModule):
                     rank_zero_warn(
                         f"c_base was measured with {what} fingerprint {getattr(self.artifact, what)} "
                         f"({self.entangled}/baseline.json), this run has {now}: rho_recon compares unlike things. "
-                        "Run `cvae-lightning validate` on the entangled model with this data, or set model.c_base"
+                        "Measure it on this data, with the config that the entangled model was trained by, "
+                        f"`cvae-lightning validate --config ENTANGLED --model.init_args.model {self.entangled} "
+                        "--model.init_args.config null`, or set model.c_base"
                     )
 
     def on_fit_start(self) -> None:

@@ -34,7 +34,8 @@ class EntangledLM(LanguageModule):
     """A causal language model of y given x that mixes all strategies: the start of every CVAE, and its yardstick.
 
     Generative process: p(y|x) = prod_t p(y_t|x, y_<t), trained by the mean NLL of the y-tokens. After ``fit`` (and
-    after ``validate``, which only evaluates) ``output_dir`` holds the model, its tokenizer and ``baseline.json``.
+    after ``validate``, which only evaluates) ``output_dir`` holds the model, its tokenizer and ``baseline.json``; a
+    ``fast_dev_run`` writes none of it.
 
     Args:
         output_dir: artifact folder to write.
@@ -94,6 +95,7 @@ class EntangledLM(LanguageModule):
         self.validation_nll = ReconstructionRatio(1.0)
         self.keep_longest_y()
         self.seconds = 0.0
+        self._has_weights = model is not None
         if model is not None:
             self._adopt(load_causal_lm(model), load_tokenizer(model))
 
@@ -133,10 +135,24 @@ class EntangledLM(LanguageModule):
     def on_fit_start(self) -> None:
         """Refuse a folder that cannot be written before any work is done, and start the clock."""
         self._started = time.monotonic()
+        self._has_weights = True
         if self.trainer.is_global_zero:
             os.makedirs(self.output_dir, exist_ok=True)
             if not os.access(self.output_dir, os.W_OK):
                 raise PermissionError(f"output_dir {self.output_dir!r} cannot be written")
+
+    def on_validation_start(self) -> None:
+        """Refuse to measure a model that nobody has trained: its artifact would take the place of a trained one.
+
+        Raises:
+            ValueError: if ``validate`` has neither ``model`` nor a checkpoint.
+        """
+        if self.trainer.state.fn == "validate" and not (self._has_weights or self.from_checkpoint):
+            raise ValueError(
+                f"validate would write a model of random weights to {self.output_dir}: expected trained ones, got a "
+                "config alone. Give the training's checkpoint with --ckpt_path, or the folder of a trained model with "
+                "--model.init_args.model FOLDER --model.init_args.config null"
+            )
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Return the mean NLL per y-token of the batch, in nats."""
@@ -173,12 +189,18 @@ class EntangledLM(LanguageModule):
     def on_fit_end(self) -> None:
         """Measure the baseline on the validation split with the final weights and write the artifact."""
         self.seconds = time.monotonic() - self._started
-        self.write_artifact(self.trainer.datamodule)  # type: ignore[attr-defined]
+        if not self._is_trial:
+            self.write_artifact(self.trainer.datamodule)  # type: ignore[attr-defined]
 
     def on_validation_end(self) -> None:
         """Write the artifact where the model is only evaluated."""
-        if self.trainer.state.fn == "validate":
+        if self.trainer.state.fn == "validate" and not self._is_trial:
             self.write_artifact(self.trainer.datamodule)  # type: ignore[attr-defined]
+
+    @property
+    def _is_trial(self) -> bool:
+        """Whether this is a ``fast_dev_run``, which only tries whether all runs and must leave no trace."""
+        return bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
 
     def write_artifact(self, data: Any) -> Baseline:
         """Write ``output_dir`` and return its baseline."""

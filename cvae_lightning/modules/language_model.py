@@ -44,6 +44,8 @@ class LanguageModule(HasSpec, Shardable):
 
     lm: Any
     template: PromptTemplate
+    from_checkpoint = False
+    """Whether a checkpoint has been loaded, so that the weights are not those of a new model."""
 
     def __init__(
         self,
@@ -207,6 +209,7 @@ class LanguageModule(HasSpec, Shardable):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of a later version."""
         check_format(checkpoint, "the checkpoint")
+        self.from_checkpoint = True
 
     @property
     def shows_progress(self) -> bool:
