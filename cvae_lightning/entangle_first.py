@@ -25,6 +25,8 @@ from cvae_lightning.recipes import find_recipe
 
 OWN_DATA_ARGUMENTS = ("batch_size", "eval_batch_size")
 """What the entangled recipe decides for itself; all else about the data comes from the run that needs the model."""
+LIMITS = {"max_length": None, "on_overflow": "error", "padding_side": "left"}
+"""Arguments that a model and its entangled model share, and their defaults, in whose place a recipe may have others."""
 UNTRAINED = ("num_workers", "pin_memory", "length_bucketing", "self_generated", "strategy_column", "test_path")
 """Arguments of a data module that change nothing about the records that an entangled model is trained on."""
 MARK = "entangled_unfinished"
@@ -101,22 +103,29 @@ def _train(recipe: str, path: Path, folder: Path, config: dict[str, Any], claim:
     data = training_data(config["data"])
     mark, content = folder / MARK, path.read_bytes() + text.encode() + json.dumps(data).encode()
     digest = hashlib.blake2b(content, digest_size=8).hexdigest()
-    if mark.exists() and mark.read_text(encoding="utf-8") == digest:
+    trial = bool(config["trainer"].get("fast_dev_run"))  # which leaves all on disk as it was
+    if not trial and mark.exists() and mark.read_text(encoding="utf-8") == digest:
         words += ["--ckpt_path", "last"]
-    else:
+    elif not trial:
         put_aside(read_config(path))
-    write_text(mark, digest)
+    if not trial:
+        write_text(mark, digest)
     print(
         f"no entangled model in {folder} yet: training it first\n$ {shlex.join(['cvae-lightning', *words])}", flush=True
     )
     code = run([*program(), *words], claim)
     killed = code < 0 or code == 128 + signal.SIGTERM
-    if not killed:
+    if not killed and not trial:
         mark.unlink()
     if code:
         if not killed:
             shared.unlink()
         raise SystemExit(code if code > 0 else 128 - code)  # its message is printed already
+    if trial:
+        raise ValueError(
+            f"fast_dev_run has tried `{recipe}`, which leaves no model then, and this run needs one: train it with "
+            f"`cvae-lightning fit --config {recipe} --config {shared} --trainer.fast_dev_run false`"
+        )
     if holds_model(folder):
         write_json(folder / NOTE, {"artifact": content_of(folder / "baseline.json"), "data": data})
 
@@ -201,14 +210,24 @@ def _shown(value: Any) -> str:
 
 
 def overrides(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what the entangled run takes over: the data, and the hardware.
+    """Return what the entangled run takes over: the data, the hardware, and which records are too long.
 
     Example:
         >>> data = {"class_path": "D", "init_args": {"seed": 3, "batch_size": 8}}
-        >>> overrides({"data": data, "trainer": {"accelerator": "cpu", "devices": 1, "max_steps": 5}})
-        {'data': {'class_path': 'D', 'init_args': {'seed': 3}}, 'trainer': {'accelerator': 'cpu', 'devices': 1}}
+        >>> model = {"class_path": "M", "init_args": {"max_length": 99, "padding_side": "left"}}
+        >>> trainer = {"accelerator": "cpu", "devices": 1, "precision": None, "max_steps": 5}
+        >>> for group, value in overrides({"data": data, "model": model, "trainer": trainer}).items():
+        ...     print(group, value)
+        data {'class_path': 'D', 'init_args': {'seed': 3}}
+        trainer {'accelerator': 'cpu', 'devices': 1}
+        model {'init_args': {'max_length': 99}}
     """
     arguments = config["data"].get("init_args") or {}
     kept = {name: value for name, value in arguments.items() if name not in OWN_DATA_ARGUMENTS}
-    hardware = {name: config["trainer"][name] for name in ("accelerator", "devices") if name in config["trainer"]}
-    return {"data": {"class_path": config["data"]["class_path"], "init_args": kept}, "trainer": hardware}
+    given = config["trainer"]
+    hardware = {name: given[name] for name in ("accelerator", "devices") if name in given}
+    hardware |= {name: given[name] for name in ("precision", "fast_dev_run") if given.get(name)}
+    result = {"data": {"class_path": config["data"]["class_path"], "init_args": kept}, "trainer": hardware}
+    chosen = (config.get("model") or {}).get("init_args") or {}
+    limits = {name: chosen[name] for name, usual in LIMITS.items() if chosen.get(name, usual) != usual}
+    return result | ({"model": {"init_args": limits}} if limits else {})

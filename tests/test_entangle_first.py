@@ -154,6 +154,21 @@ def test_of_two_runs_one_trains_and_the_other_waits(here, monkeypatch, capfd):
     assert not list(Path("runs/base").glob("claim.*"))
 
 
+def test_limits_of_records_precision_and_trials_are_handed_on(here):
+    own = {"entangled": "runs/base", "max_length": 99, "on_overflow": "skip", "padding_side": "right"}
+    trainer = {**CONFIG["trainer"], "precision": "bf16-mixed", "fast_dev_run": True}
+    Path("runs/base").mkdir(parents=True)
+    Path("stand_in.py").write_text("")
+    with pytest.raises(ValueError, match=r"fast_dev_run has tried `base\.yaml`, .* --trainer\.fast_dev_run false`"):
+        train_entangled_first("base.yaml", {**CONFIG, "model": {"init_args": own}, "trainer": trainer})
+    assert not list(Path("runs/base").iterdir())
+    assert yaml.safe_load(Path("runs/cvae/entangled_overrides.yaml").read_text()) == {
+        "data": {"class_path": "D", "init_args": {"train_path": "mine.jsonl"}},
+        "trainer": {"accelerator": "cpu", "devices": "auto", "precision": "bf16-mixed", "fast_dev_run": True},
+        "model": {"init_args": {"max_length": 99, "on_overflow": "skip", "padding_side": "right"}},
+    }
+
+
 @pytest.mark.parametrize("launcher", ["WORLD_SIZE", "SLURM_NTASKS"])
 def test_several_processes_do_not_train_it_at_once(here, monkeypatch, launcher):
     monkeypatch.setenv(launcher, "2")
