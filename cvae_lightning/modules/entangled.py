@@ -127,10 +127,25 @@ class EntangledLM(LanguageModule):
         checkpoint["entangled"] = describe_lm(self.lm, self.template.tokenizer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Rebuild the model where no data has done so."""
+        """Rebuild the model where no data has done so, or data whose tokens are not those of the weights.
+
+        Raises:
+            ValueError: if the model of other tokens is shared out among processes already.
+        """
         super().on_load_checkpoint(checkpoint)
         if self.lm is None:
             self._adopt(*rebuild_lm(checkpoint["entangled"]))
+        elif self.config is not None and "entangled" in checkpoint:
+            stored = checkpoint["entangled"]
+            if stored["tokenizer"] == describe_lm(self.lm, self.template.tokenizer)["tokenizer"]:
+                return
+            if is_sharded(self):
+                raise ValueError(
+                    "the checkpoint was trained with a tokenizer that today's training split does not give: expected "
+                    "the data that it was trained on; give that data, or load the checkpoint in one process"
+                )
+            rank_zero_info("the tokenizer is that of the checkpoint: today's training split would give another one")
+            self._adopt(*rebuild_lm(stored))
 
     def on_fit_start(self) -> None:
         """Refuse a folder that cannot be written before any work is done, and start the clock."""

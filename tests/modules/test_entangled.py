@@ -144,6 +144,32 @@ def test_checkpoint_loads_without_data_and_artifact(tmp_path):
     assert found.template.fingerprint() == model.template.fingerprint()
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.parametrize("letters", ["abcdefghij", "abcdef"])
+def test_a_checkpoint_keeps_its_tokens_whatever_the_data_are_now(tmp_path, letters):
+    def model():
+        return EntangledLM(str(tmp_path / "out"), config=CONFIGS["llama"])
+
+    class Lettered(TinyData):
+        def alphabet(self):
+            return set(f"{letters};=")
+
+    run, first = trainer(), model()
+    run.fit(first, TinyData())
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    nats, tokens = cost(tmp_path / "out", RECORDS)
+    again = model()
+    trainer().validate(again, Lettered(), ckpt_path=tmp_path / "model.ckpt", verbose=False)
+    assert again.template.fingerprint() == first.template.fingerprint()
+    assert Baseline.load(tmp_path / "out").c_base == pytest.approx(nats / tokens, rel=1e-5)
+    resumed = model()
+    trainer(max_steps=4).fit(resumed, Lettered(), ckpt_path=tmp_path / "model.ckpt")
+    assert resumed.template.fingerprint() == first.template.fingerprint()
+    assert cost(tmp_path / "out", RECORDS)[0] == pytest.approx(
+        Baseline.load(tmp_path / "out").c_base * tokens, rel=1e-5
+    )
+
+
 def test_a_foreign_model_gets_rows_for_the_markers_and_keeps_its_own(tmp_path):
     lm, _ = tiny_lm("qwen2")
     tokenizer = tiny_tokenizer()  # knows no marker
