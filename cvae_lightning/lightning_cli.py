@@ -33,6 +33,7 @@ from cvae_lightning.config_merge import MergeConfig, rewrite_nulls
 from cvae_lightning.data import SelfGeneration
 from cvae_lightning.entangle_first import train_entangled_first
 from cvae_lightning.losses.base import LossCallback
+from cvae_lightning.modules import CVAEModule, EntangledLM
 from cvae_lightning.option_errors import condense, explain
 
 
@@ -114,9 +115,37 @@ class CVAELightningCLI(LightningCLI):
         if self.subcommand != "fit":
             self.save_config_kwargs["config_filename"] = f"config_{self.subcommand}.yaml"
 
+    def before_test(self) -> None:
+        """Refuse to test a model that has not been trained."""
+        self._check_is_trained()
+
     def before_predict(self) -> None:
-        """Let no prediction be kept in memory: PredictionWriter writes them all."""
+        """Refuse a model that has not been trained; keep no prediction in memory: PredictionWriter writes them all."""
+        self._check_is_trained()
         self.config_init["predict"]["return_predictions"] = False
+
+    def _check_is_trained(self) -> None:
+        """Raise if the model is new and no checkpoint is given, or ``last`` where there is none.
+
+        Raises:
+            ValueError: naming the checkpoint that is probably meant.
+        """
+        given, model = self.config_init[self.subcommand].get("ckpt_path"), self.model
+        is_new = isinstance(model, CVAEModule) or (isinstance(model, EntangledLM) and model.lm is None)
+        if not is_new or model.from_checkpoint or given not in (None, "last"):
+            return
+        saving = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        if given == "last" and any(c._find_last_checkpoints(self.trainer) for c in saving):
+            return
+        folder = next((c.dirpath for c in saving if c.dirpath), Path(self.trainer.default_root_dir) / "checkpoints")
+        with contextlib.suppress(ValueError):
+            folder = Path(folder).relative_to(Path.cwd())
+        meant = Path(folder) / "last.ckpt"
+        known = f"--ckpt_path {meant}" + ("" if meant.exists() else ", once `fit` has written it")
+        raise ValueError(
+            f"{self.subcommand} would use a {type(model).__name__} that has not been trained: expected a checkpoint, "
+            f"got --ckpt_path {given or 'null'}; give {known}"
+        )
 
     def instantiate_classes(self) -> None:
         """Build model, data and trainer; an error in a constructor comes without jsonargparse's wrapping."""
