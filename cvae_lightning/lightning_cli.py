@@ -27,6 +27,7 @@ from cvae_lightning.callbacks.epoch_ends import EpochEnds
 from cvae_lightning.callbacks.nan_guard import NanGuard
 from cvae_lightning.callbacks.partial_gradients import PartialGradients
 from cvae_lightning.callbacks.predictions import PredictionWriter
+from cvae_lightning.callbacks.save_at_end import SaveAtEnd
 from cvae_lightning.callbacks.save_at_termination import SaveAtTermination
 from cvae_lightning.callbacks.step_seed import StepSeed
 from cvae_lightning.config_merge import MergeConfig, rewrite_nulls
@@ -41,9 +42,9 @@ class CVAELightningCLI(LightningCLI):
     """LightningCLI with recipes by name, losses merged by name, and runs that resume exactly.
 
     Always present and configurable: ``checkpoint`` (ModelCheckpoint with ``last.ckpt``), ``step_seed``, ``nan_guard``,
-    ``partial_gradients``, ``epoch_ends``, ``save_at_termination`` and ``checkpoint_step``. ``trainer.plugins`` holds
-    AtomicCheckpointIO unless given. All files of a run lie in ``trainer.default_root_dir``. The config always beats the
-    hyperparameters that a checkpoint remembers.
+    ``partial_gradients``, ``epoch_ends``, ``save_at_termination``, ``save_at_end`` and ``checkpoint_step``.
+    ``trainer.plugins`` holds AtomicCheckpointIO unless given. All files of a run lie in ``trainer.default_root_dir``.
+    The config always beats the hyperparameters that a checkpoint remembers.
     """
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -74,6 +75,7 @@ class CVAELightningCLI(LightningCLI):
         parser.add_lightning_class_args(PartialGradients, "partial_gradients")
         parser.add_lightning_class_args(EpochEnds, "epoch_ends")
         parser.add_lightning_class_args(SaveAtTermination, "save_at_termination")
+        parser.add_lightning_class_args(SaveAtEnd, "save_at_end")
         parser.add_lightning_class_args(CheckpointStep, "checkpoint_step")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         plugin = f"{AtomicCheckpointIO.__module__}.{AtomicCheckpointIO.__qualname__}"
