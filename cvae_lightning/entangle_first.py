@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from cvae_lightning.benchmark.child import end_with_parent
 from cvae_lightning.benchmark.claims import BEAT, Claim
 from cvae_lightning.config_merge import read_config
 from cvae_lightning.file_content import content_of, file_contents
-from cvae_lightning.launch import world_size
+from cvae_lightning.launch import alone, world_size
 from cvae_lightning.quickstart import program
 from cvae_lightning.recipes import find_recipe
 
@@ -132,7 +133,7 @@ def _train(recipe: str, path: Path, folder: Path, config: dict[str, Any], claim:
 
 def run(words: Sequence[str], claim: Claim) -> int:
     """Return the exit code of a command, during which the claim gives signs of life."""
-    process = subprocess.Popen(words, preexec_fn=end_with_parent())
+    process = subprocess.Popen(words, env=alone(os.environ), preexec_fn=end_with_parent())
     try:
         while True:
             try:

@@ -12,6 +12,7 @@ from cvae_lightning.entangle_first import train_entangled_first
 
 STAND_IN = """\
 import os, pathlib, sys, time
+assert "SLURM_JOB_ID" not in os.environ
 with open("calls.txt", "a") as calls:
     calls.write(" ".join(sys.argv[1:]))
 if pathlib.Path("slow").exists():
@@ -41,7 +42,8 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_missing_model_is_trained_once_on_the_same_data(here, capsys):
+def test_missing_model_is_trained_once_on_the_same_data(here, capsys, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
     train_entangled_first("base.yaml", CONFIG)
     expected = "fit --config base.yaml --config runs/cvae/entangled_overrides.yaml"
     assert Path("calls.txt").read_text() == expected
