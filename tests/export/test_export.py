@@ -6,13 +6,14 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
 import yaml
-from tiny import CONFIGS, QUIET, RECORDS, TinyData, tiny_artifact
+from tiny import CONFIGS, QUIET, RECORDS, TinyData, tiny_artifact, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -21,6 +22,7 @@ from cvae_lightning import cli, load_export
 from cvae_lightning import losses as losses_
 from cvae_lightning.backbones.causal_lm import build_causal_lm
 from cvae_lightning.export.folder import EXPORT_FILE, whole_folder, write_model
+from cvae_lightning.export.samples import sample_inputs
 from cvae_lightning.export.usage import plain_usage, string_prompt_is_exact
 from cvae_lightning.modules import ContinuousCVAE, EntangledLM, SharedDiscreteCVAE
 from cvae_lightning.template import PromptTemplate
@@ -234,6 +236,18 @@ def test_the_card_shows_what_was_measured_and_written(tmp_path, capsys):
     assert shown["num_latents"] == 3
     assert "entangled" not in shown
     assert "2 optimizer steps" in card
+
+
+def test_sample_inputs_are_those_that_the_model_reads(tmp_path):
+    rows = [("1" * 80, "1"), *((str(i // 2), "1") for i in range(8))]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"x": x, "y": y}) + "\n" for x, y in rows))
+    arguments = {f"{split}_path": str(tmp_path / "rows.jsonl") for split in ("train", "val")}
+    config = {"data": {"class_path": "cvae_lightning.data.PairsDataModule", "init_args": arguments}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    template = PromptTemplate(tiny_tokenizer(), 2, max_length=64, on_overflow="skip")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*are in train_path too.*")
+        assert sample_inputs(tmp_path / "config.yaml", 3, template) == ["0", "1", "2"]
 
 
 def test_what_is_missing_is_said(tmp_path, capsys):
