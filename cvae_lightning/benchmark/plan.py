@@ -235,7 +235,7 @@ def _arguments(config: dict[str, Any]) -> dict[str, Any]:
 
 def _check_steps(config: dict[str, Any]) -> None:
     steps, every = config["trainer"].get("max_steps"), config["checkpoint"].get("every_n_train_steps")
-    if isinstance(steps, int) and isinstance(every, int) and every > 0 and steps % every:
+    if isinstance(steps, int) and isinstance(every, int) and steps > 0 and every > 0 and steps % every:  # -1: no limit
         raise ValueError(
             f"trainer.max_steps {steps} is no multiple of checkpoint.every_n_train_steps {every}: the model tested "
             "would not be the last one"

@@ -136,6 +136,11 @@ def test_patterns_choose_cells_and_what_they_need():
         select(cells, ["seed3"])
 
 
+def test_a_training_may_be_limited_by_epochs_alone():
+    cells = with_recipes(long=only(Source(OURS.source.configs, {"trainer.max_steps": -1, "trainer.max_epochs": 3})))
+    assert {cell.max_steps for cell in cells if cell.seed} == {None}
+
+
 def test_a_model_that_would_be_tested_before_its_last_step_is_refused():
     short = only(Source(OURS.source.configs, {"trainer.max_steps": 250}))
     with pytest.raises(ValueError, match=r"recipe short on .*max_steps 250 is no multiple of checkpoint.every_n"):
