@@ -270,6 +270,42 @@ def test_what_is_missing_is_said(tmp_path, capsys):
     assert "not measured | not measured" in card
 
 
+class WithHead(SharedDiscreteCVAE):
+    """A user's own, with weights of its own."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.my_head = torch.nn.Linear(2, 2)
+
+
+def test_weights_of_a_users_class_are_left_out_and_named(tmp_path, capsys):
+    model, checkpoint = train(tmp_path, WithHead, num_latents=2)
+    content = torch.load(checkpoint, weights_only=True)
+    for number, path in enumerate((None, "my_models.WithHead")):  # built in Python, and by the command line
+        if path:
+            content["hyper_parameters"]["_class_path"] = path
+            torch.save(content, checkpoint)
+        export("--ckpt", checkpoint, "--out", tmp_path / f"out{number}", "--inputs", 0)
+        said = "note: weights that no SharedDiscreteCVAE has are left out: my_head.weight, my_head.bias"
+        assert said in capsys.readouterr().out
+        assert load_export(tmp_path / f"out{number}").generate(XS, 1) == model.generate(XS, 1)
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path, capsys):
+    _, checkpoint = train(tmp_path, WithHead, num_latents=2)
+    content = torch.load(checkpoint, weights_only=True)
+    content["hyper_parameters"]["_class_path"] = "cvae_lightning.SharedDiscreteCVAE"
+    torch.save(content, checkpoint)
+    words = ["export", "--ckpt", str(checkpoint), "--out", str(tmp_path / "out"), "--inputs", "0"]
+    assert cli.main(words) == 1
+    assert "does not fit the SharedDiscreteCVAE that it describes: my_head.weight and 1 more" in capsys.readouterr().err
+    content["hyper_parameters"]["_class_path"] = "my_models.WithHead"
+    del content["state_dict"]["longest_y"]
+    torch.save(content, checkpoint)
+    assert cli.main(words) == 1
+    assert "does not fit the SharedDiscreteCVAE that it describes: longest_y" in capsys.readouterr().err
+
+
 def test_nothing_is_overwritten_or_left_half_written(tmp_path, capsys, monkeypatch):
     _, checkpoint = train(tmp_path, num_latents=2)
     out = tmp_path / "out"
