@@ -32,9 +32,12 @@ from cvae_lightning.callbacks.save_at_termination import SaveAtTermination
 from cvae_lightning.callbacks.step_seed import StepSeed
 from cvae_lightning.config_merge import MergeConfig, rewrite_nulls
 from cvae_lightning.data import SelfGeneration
+from cvae_lightning.data.tasks.base import Task
 from cvae_lightning.entangle_first import train_entangled_first
 from cvae_lightning.losses.base import LossCallback
 from cvae_lightning.modules import CVAEModule, EntangledLM
+from cvae_lightning.modules.lora import LoRA
+from cvae_lightning.modules.seeding import LatentSeeding
 from cvae_lightning.option_errors import condense, explain
 
 
@@ -107,6 +110,11 @@ class CVAELightningCLI(LightningCLI):
         """Check the output folders before anything is built, and keep the config of each subcommand apart."""
         trainer = self._get(self.config, "trainer")
         checkpoint, model = self._get(self.config, "checkpoint"), self._get(self.config, "model")
+        if not trainer.get("default_root_dir"):
+            raise ValueError(
+                "trainer.default_root_dir: expected the folder of the run's files, got null; give one, or leave the "
+                "option out for runs/unnamed"
+            )
         output_dir = model.get("init_args.output_dir")
         for folder in filter(None, (trainer.get("default_root_dir"), checkpoint.get("dirpath"), output_dir)):
             check_writable(folder)
@@ -162,6 +170,13 @@ class CVAELightningCLI(LightningCLI):
         if config.get("logger") is None or config.get("logger") is True:
             folder = config["default_root_dir"]
             kwargs["logger"] = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
+        checkpoint = self._get(self.config_init, "checkpoint")
+        if (
+            isinstance(checkpoint, ModelCheckpoint)
+            and checkpoint.dirpath is None
+            and "://" not in str(config["default_root_dir"])
+        ):  # not beside a logger's files, whose folder may be another one for every run
+            checkpoint.dirpath = str(Path(config["default_root_dir"]) / "checkpoints")
         keys = self._parser(self.subcommand).callback_keys
         if config.get("enable_checkpointing") is False and "checkpoint" in keys:
             keys.remove("checkpoint")
@@ -187,11 +202,18 @@ def check_writable(folder: str | Path) -> None:
 
 
 def class_help() -> str:
-    """Return the options of every shipped model, data module, loss and callback, and of self-generated data."""
+    """Return the options of every shipped model, data module, task, loss and callback, and of what they are made of."""
     sections = []
     for title, package, base in (
         ("models (model.class_path)", cvae_lightning.modules, LightningModule),
+        (
+            "where the latents of a discrete model begin (model.init_args.seeding)",
+            cvae_lightning.modules,
+            LatentSeeding,
+        ),
+        ("low-rank adaptation (model.init_args.lora)", cvae_lightning.modules, LoRA),
         ("data modules (data.class_path)", cvae_lightning.data, LightningDataModule),
+        ("tasks (data.init_args.task)", cvae_lightning.data.tasks, Task),
         ("solutions that are drawn (data.init_args.self_generated)", cvae_lightning.data, SelfGeneration),
         ("losses (model.init_args.losses.<name>.class_path)", cvae_lightning.losses, LossCallback),
         ("callbacks (trainer.callbacks)", cvae_lightning.callbacks, Callback),

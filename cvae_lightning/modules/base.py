@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from cvae_lightning.template import PromptTemplate
 Outputs = DiscreteOutputs | ContinuousOutputs
 
 
-class CVAEModule(AdaptedModule):
+class CVAEModule(AdaptedModule, ABC):
     """Router, generator and posterior around an entangled model, with pluggable losses.
 
     Subclasses say what the latent is; a user's subclass overrides one stage of :meth:`compute_outputs`, or
