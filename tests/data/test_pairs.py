@@ -261,3 +261,18 @@ def test_folders_are_read_by_the_real_package(tmp_path):
         ("validation", 0),
     ]
     assert [r.x for r in PairsDataModule(str(tmp_path / "files"), str(tmp_path / "saved")).records("train")] == ["1"]
+
+
+def test_a_broken_file_in_a_folder_is_named(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "train.jsonl").write_text('{"x": "1", "y": \n')
+    with pytest.raises(ValueError, match=r"train_path: cannot load the data set '.*files': .*JSON"):
+        PairsDataModule(str(tmp_path / "files")).setup()
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_list_of_objects_is_called_what_it_is(tmp_path, indent):
+    (tmp_path / "a.json").write_text(json.dumps(rows("a", "b"), indent=indent))
+    with pytest.raises(ValueError, match=r"a\.json:1: expected one JSON object per line, got a list"):
+        PairsDataModule(str(tmp_path / "a.json")).setup()
