@@ -169,14 +169,15 @@ def parts_of(folder, seed=0):
     return SolutionParts(folder, "train", "abc", list("abcdefg"), 3, seed)
 
 
-def test_all_processes_take_the_same_part_where_two_runs_have_drawn_it(tmp_path):
+@pytest.mark.parametrize("word", ["other", "another", "third"])  # which file lies first is chance
+def test_all_processes_take_the_same_part_where_two_runs_have_drawn_it(tmp_path, word):
     def one(xs, seed):
         return [f"{x} one" for x in xs]
 
     def other(xs, seed):
         if not list(parts_of(tmp_path).folder.glob("000002-*")):
             parts_of(tmp_path).fill(one, False)  # another run with the same folder is a little quicker
-        return [f"{x} other {seed}" for x in xs]
+        return [f"{x} {word}" for x in xs]
 
     drawn = parts_of(tmp_path).fill(other, False)
     assert len(list(parts_of(tmp_path).folder.glob("000000-*"))) == 2
