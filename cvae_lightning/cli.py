@@ -61,6 +61,8 @@ def main(args: Sequence[str] | None = None) -> int:
 def _exit_code(words: list[str]) -> int:
     try:
         return _run(words)
+    except KeyboardInterrupt:  # Ctrl-C while a child runs, or before Lightning listens to it
+        return 128 + signal.SIGINT
     except SystemExit as stop:
         if type(stop).__name__ == "SIGTERMException":  # Lightning's; its code says success
             return 128 + signal.SIGTERM

@@ -33,7 +33,8 @@ class MergeConfig(ActionConfigFile):
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         if merged:  # the new model entry is complete: what it replaces must not leak into it
-            cfg["model"] = Namespace(class_path=config["model"]["class_path"], init_args=cfg["model"].get("init_args"))
+            before = cfg["model"]  # keeps its class: jsonargparse drops the arguments that another one does not have
+            cfg["model"] = Namespace(class_path=before["class_path"], init_args=before.get("init_args"))
             if "losses" in (config["model"].get("init_args") or {}):
                 cfg["model"]["init_args"].pop("losses", None)
         super().__call__(parser, cfg, yaml.safe_dump(config, sort_keys=False) if merged else str(path), option_string)

@@ -6,12 +6,28 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 PATIENCE = 2.0
 """Seconds in which the other processes meet the error that one of them has shown."""
+
+LAUNCHERS = ("SLURM_", "TORCHELASTIC_", "MASTER_")
+"""Beginnings of the names of variables by which a launcher tells a process its place."""
+PLACES = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+
+
+def alone(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment in which a command is started by itself, whatever launch the given one belongs to.
+
+    Lightning would take a child for the process of its parent's rank, and wait for others that nobody starts.
+
+    Example:
+        >>> alone({"PATH": "/bin", "RANK": "1", "SLURM_NTASKS": "4", "MASTER_PORT": "29500"})
+        {'PATH': '/bin'}
+    """
+    return {name: value for name, value in environment.items() if not name.startswith(LAUNCHERS) and name not in PLACES}
 
 
 def world_size() -> int:

@@ -27,12 +27,17 @@ from cvae_lightning.callbacks.epoch_ends import EpochEnds
 from cvae_lightning.callbacks.nan_guard import NanGuard
 from cvae_lightning.callbacks.partial_gradients import PartialGradients
 from cvae_lightning.callbacks.predictions import PredictionWriter
+from cvae_lightning.callbacks.save_at_end import SaveAtEnd
 from cvae_lightning.callbacks.save_at_termination import SaveAtTermination
 from cvae_lightning.callbacks.step_seed import StepSeed
 from cvae_lightning.config_merge import MergeConfig, rewrite_nulls
 from cvae_lightning.data import SelfGeneration
+from cvae_lightning.data.tasks.base import Task
 from cvae_lightning.entangle_first import train_entangled_first
 from cvae_lightning.losses.base import LossCallback
+from cvae_lightning.modules import CVAEModule, EntangledLM
+from cvae_lightning.modules.lora import LoRA
+from cvae_lightning.modules.seeding import LatentSeeding
 from cvae_lightning.option_errors import condense, explain
 
 
@@ -40,10 +45,10 @@ class CVAELightningCLI(LightningCLI):
     """LightningCLI with recipes by name, losses merged by name, and runs that resume exactly.
 
     Always present and configurable: ``checkpoint`` (ModelCheckpoint with ``last.ckpt``), ``step_seed``, ``nan_guard``,
-    ``partial_gradients``, ``epoch_ends``, ``save_at_termination`` and ``checkpoint_step``. ``trainer.plugins`` holds
-    AtomicCheckpointIO unless given. All files of a run lie in ``trainer.default_root_dir``, unless
-    ``checkpoint.dirpath`` or the path of a callback names another folder, as the shipped recipes do. The config always
-    beats the hyperparameters that a checkpoint remembers.
+    ``partial_gradients``, ``epoch_ends``, ``save_at_termination``, ``save_at_end``, ``checkpoint_step`` and
+    ``predictions``. ``trainer.plugins`` holds AtomicCheckpointIO unless given. All files of a run lie in
+    ``trainer.default_root_dir``, unless ``checkpoint.dirpath`` or the path of a callback names another folder, as the
+    shipped recipes do. The config always beats the hyperparameters that a checkpoint remembers.
     """
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -74,6 +79,7 @@ class CVAELightningCLI(LightningCLI):
         parser.add_lightning_class_args(PartialGradients, "partial_gradients")
         parser.add_lightning_class_args(EpochEnds, "epoch_ends")
         parser.add_lightning_class_args(SaveAtTermination, "save_at_termination")
+        parser.add_lightning_class_args(SaveAtEnd, "save_at_end")
         parser.add_lightning_class_args(CheckpointStep, "checkpoint_step")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         plugin = f"{AtomicCheckpointIO.__module__}.{AtomicCheckpointIO.__qualname__}"
@@ -105,6 +111,11 @@ class CVAELightningCLI(LightningCLI):
         """Check the output folders before anything is built, and keep the config of each subcommand apart."""
         trainer = self._get(self.config, "trainer")
         checkpoint, model = self._get(self.config, "checkpoint"), self._get(self.config, "model")
+        if not trainer.get("default_root_dir"):
+            raise ValueError(
+                "trainer.default_root_dir: expected the folder of the run's files, got null; give one, or leave the "
+                "option out for runs/unnamed"
+            )
         output_dir = model.get("init_args.output_dir")
         for folder in filter(None, (trainer.get("default_root_dir"), checkpoint.get("dirpath"), output_dir)):
             check_writable(folder)
@@ -115,9 +126,37 @@ class CVAELightningCLI(LightningCLI):
         if self.subcommand != "fit":
             self.save_config_kwargs["config_filename"] = f"config_{self.subcommand}.yaml"
 
+    def before_test(self) -> None:
+        """Refuse to test a model that has not been trained."""
+        self._check_is_trained()
+
     def before_predict(self) -> None:
-        """Let no prediction be kept in memory: PredictionWriter writes them all."""
+        """Refuse a model that has not been trained; keep no prediction in memory: PredictionWriter writes them all."""
+        self._check_is_trained()
         self.config_init["predict"]["return_predictions"] = False
+
+    def _check_is_trained(self) -> None:
+        """Raise if the model is new and no checkpoint is given, or ``last`` where there is none.
+
+        Raises:
+            ValueError: naming the checkpoint that is probably meant.
+        """
+        given, model = self.config_init[self.subcommand].get("ckpt_path"), self.model
+        is_new = isinstance(model, CVAEModule) or (isinstance(model, EntangledLM) and model.lm is None)
+        if not is_new or model.from_checkpoint or given not in (None, "last"):
+            return
+        saving = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        if given == "last" and any(c._find_last_checkpoints(self.trainer) for c in saving):
+            return
+        folder = next((c.dirpath for c in saving if c.dirpath), Path(self.trainer.default_root_dir) / "checkpoints")
+        with contextlib.suppress(ValueError):
+            folder = Path(folder).relative_to(Path.cwd())
+        meant = Path(folder) / "last.ckpt"
+        known = f"--ckpt_path {meant}" + ("" if meant.exists() else ", once `fit` has written it")
+        raise ValueError(
+            f"{self.subcommand} would use a {type(model).__name__} that has not been trained: expected a checkpoint, "
+            f"got --ckpt_path {given or 'null'}; give {known}"
+        )
 
     def instantiate_classes(self) -> None:
         """Build model, data and trainer; an error in a constructor comes without jsonargparse's wrapping."""
@@ -132,6 +171,13 @@ class CVAELightningCLI(LightningCLI):
         if config.get("logger") is None or config.get("logger") is True:
             folder = config["default_root_dir"]
             kwargs["logger"] = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
+        checkpoint = self._get(self.config_init, "checkpoint")
+        if (
+            isinstance(checkpoint, ModelCheckpoint)
+            and checkpoint.dirpath is None
+            and "://" not in str(config["default_root_dir"])
+        ):  # not beside a logger's files, whose folder may be another one for every run
+            checkpoint.dirpath = str(Path(config["default_root_dir"]) / "checkpoints")
         keys = self._parser(self.subcommand).callback_keys
         if config.get("enable_checkpointing") is False and "checkpoint" in keys:
             keys.remove("checkpoint")
@@ -157,11 +203,18 @@ def check_writable(folder: str | Path) -> None:
 
 
 def class_help() -> str:
-    """Return the options of every shipped model, data module, loss and callback, and of self-generated data."""
+    """Return the options of every shipped model, data module, task, loss and callback, and of what they are made of."""
     sections = []
     for title, package, base in (
         ("models (model.class_path)", cvae_lightning.modules, LightningModule),
+        (
+            "where the latents of a discrete model begin (model.init_args.seeding)",
+            cvae_lightning.modules,
+            LatentSeeding,
+        ),
+        ("low-rank adaptation (model.init_args.lora)", cvae_lightning.modules, LoRA),
         ("data modules (data.class_path)", cvae_lightning.data, LightningDataModule),
+        ("tasks (data.init_args.task)", cvae_lightning.data.tasks, Task),
         ("solutions that are drawn (data.init_args.self_generated)", cvae_lightning.data, SelfGeneration),
         ("losses (model.init_args.losses.<name>.class_path)", cvae_lightning.losses, LossCallback),
         ("callbacks (trainer.callbacks)", cvae_lightning.callbacks, Callback),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from cvae_lightning.atomic_write import write_json
 from cvae_lightning.benchmark.child import end_with_parent
+from cvae_lightning.launch import alone
 from cvae_lightning.recipes import find_recipe
 
 FOLDER = Path("runs/quickstart")
@@ -80,7 +82,9 @@ def quickstart(args: Sequence[str] = (), command: Sequence[str] | None = None) -
             continue
         rerun = True  # what comes after a step that ran again is stale
         start = time.monotonic()
-        code = subprocess.run([*command_line, *step.words], check=False, preexec_fn=end_with_parent()).returncode
+        code = subprocess.run(
+            [*command_line, *step.words], check=False, env=alone(os.environ), preexec_fn=end_with_parent()
+        ).returncode
         if code:
             print(f"cvae-lightning: error: the command above ended with exit code {code}", file=sys.stderr)
             return code

@@ -46,11 +46,6 @@ CASES = {
     "empty y": (lambda h: set_row(h, 2, y=""), [], r"^train\.jsonl:3: column 'y' is empty"),
     "y is a number": (lambda h: set_row(h, 2, y=7), [], r"^train\.jsonl:3: column 'y' must be a text, got int 7"),
     "empty file": (lambda h: (h / "val.jsonl").write_text("\n"), [], r"^val_path: 'val\.jsonl' holds no records"),
-    "unseen strategy": (
-        lambda h: write_rows(h / "val.jsonl", [*ROWS[:3], ROWS[3] | {"s": "c"}]),
-        [],
-        r"^val\.jsonl:4: strategy 'c' does not appear in the training records; known are 'a', 'b'",
-    ),
     "record too long": (
         nothing,
         [f"--{ARGS}.max_length", "12"],

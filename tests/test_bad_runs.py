@@ -18,15 +18,39 @@ def here(tmp_path, monkeypatch):
     return enter_user_folder(tmp_path, monkeypatch)
 
 
+def trained():
+    """Train a model for a step, and return its checkpoint."""
+    assert cli.main(["fit", "--config", "run.yaml", "--trainer.max_steps", "1"]) == 0
+    return "out/checkpoints/last.ckpt"
+
+
 def test_report_that_cannot_be_written(here, capfd):
     callbacks = "{trainer: {callbacks: [{class_path: Report, init_args: {path: file/summary.json}}]}}"
-    message = failure(capfd, "test", "--config", "run.yaml", "--config", callbacks)
+    checkpoint = ["--ckpt_path", trained()]
+    message = failure(capfd, "test", "--config", "run.yaml", "--config", callbacks, *checkpoint)
     assert re.search(r"file", message), message
 
 
 def test_split_that_is_not_there(here, capfd):
-    message = failure(capfd, "test", "--config", "run.yaml", "--data.test_path", "null")
+    message = failure(capfd, "test", "--config", "run.yaml", "--data.test_path", "null", "--ckpt_path", trained())
     assert re.search(r"test_path", message), message
+
+
+@pytest.mark.parametrize("command", ["test", "predict"])
+def test_a_model_that_was_not_trained_is_not_evaluated(here, capfd, command):
+    (here / "out").mkdir()
+    (here / "out/summary.json").write_text("of the trained model")
+    for words, given in (([], "null"), (["--ckpt_path", "last"], "last")):
+        message = failure(capfd, command, "--config", "run.yaml", *words)
+        assert message == (
+            f"{command} would use a SharedDiscreteCVAE that has not been trained: expected a checkpoint, got "
+            f"--ckpt_path {given}; give --ckpt_path out/checkpoints/last.ckpt, once `fit` has written it"
+        )
+    assert "EntangledLM that has not been trained" in failure(capfd, command, "--config", "base.yaml")
+    trained()
+    assert failure(capfd, command, "--config", "run.yaml").endswith("give --ckpt_path out/checkpoints/last.ckpt")
+    assert (here / "out/summary.json").read_text() == "of the trained model"
+    assert cli.main([command, "--config", "run.yaml", "--ckpt_path", "last"]) == 0
 
 
 def test_records_longer_than_the_positions_of_the_model(here, capfd):
@@ -50,8 +74,7 @@ def test_nan_stops_the_run_and_names_term_and_step(here, capfd):
 
 
 def test_checkpoint_of_another_model(here, capfd):
-    assert cli.main(["fit", "--config", "run.yaml", "--trainer.max_steps", "1"]) == 0
-    words = ["--ckpt_path", "out/checkpoints/last.ckpt", "--model.init_args.num_latents", "3"]
+    words = ["--ckpt_path", trained(), "--model.init_args.num_latents", "3"]
     message = failure(capfd, "validate", "--config", "run.yaml", *words)
     assert re.search(
         r"checkpoint does not fit the model .*size mismatch for \S+\.weight: .*\(and \d+ more\)$", message

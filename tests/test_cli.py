@@ -182,6 +182,30 @@ def test_an_evaluation_is_logged_at_the_step_of_its_checkpoint(here):
     assert logged.step in {event.step for event in during.Scalars("val/loss")}
 
 
+def test_any_logger_leaves_checkpoints_where_last_finds_them(here):
+    logger = ["--trainer.logger", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir", "csv"]
+    fit("--trainer.max_steps", "4", *logger)
+    fit("--trainer.max_steps", "8", *logger, "--ckpt_path", "last")
+    assert torch.load("out/checkpoints/last.ckpt", weights_only=True)["global_step"] == 8
+    counts = torch.load("out/checkpoints/last.ckpt", weights_only=True)["loops"]["fit_loop"][
+        "epoch_loop.batch_progress"
+    ]
+    assert counts["total"]["ready"] == 8  # it went on, and did not begin afresh
+    assert not list(Path("csv").rglob("*.ckpt"))
+    saved = next(Path("csv").rglob("config.yaml"))
+    assert yaml.safe_load(saved.read_text())["checkpoint"]["dirpath"] is None
+    fit("--config", str(saved), "--trainer.default_root_dir", "moved", "--trainer.max_steps", "1")
+    assert Path("moved/checkpoints/last.ckpt").exists()
+
+
+def test_interrupt_is_no_traceback(monkeypatch):
+    def interrupt(words):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", interrupt)
+    assert cli.main(["quickstart"]) == 130
+
+
 def test_checkpointing_and_logging_can_be_switched_off(here):
     fit("--trainer.enable_checkpointing", "false", "--trainer.logger", "false")
     assert {path.name for path in (here / "out").iterdir()} == {"config.yaml"}
@@ -208,6 +232,7 @@ def test_checkpointing_and_logging_can_be_switched_off(here):
         (["--ckpt_path", "no.ckpt"], r"Checkpoint file not found: no\.ckpt"),
         (["--ckpt_path", "base.yaml"], r"cannot read checkpoint base\.yaml"),
         (["--model.nan_from_step", "3"], r"nan at optimizer step 3 .*not finite: square = nan"),
+        (["--trainer.default_root_dir", "null"], r"^trainer\.default_root_dir: expected the folder .* got null"),
         (["--trainer.default_root_dir", "base.yaml/out"], r"cannot write to the output folder base\.yaml/out"),
         (["--trainer.default_root_dir", "/proc/out"], r"cannot write to the output folder /proc/out"),
     ],
@@ -252,6 +277,9 @@ def test_help_documents_trainer_classes_and_losses(here, capsys):
     assert "=== losses (model.init_args.losses.<name>.class_path): cvae_lightning.losses." in text
     assert "WeightSchedule" in text
     assert "share of each cycle, in (0, 1]" in text
+    for shown in ("modules.LatentSeeding", "modules.LoRA", "tasks.GridPathfinding", "modules.SharedDiscreteCVAE"):
+        assert f"cvae_lightning.{shown} " in text or f"cvae_lightning.data.{shown} " in text
+    assert "cvae_lightning.modules.CVAEModule" not in text
 
 
 USER_LOSS = """\

@@ -10,7 +10,8 @@ from cvae_lightning import recipes
 from cvae_lightning.quickstart import quickstart
 
 STAND_IN = """\
-import json, pathlib, sys
+import json, os, pathlib, sys
+assert "RANK" not in os.environ and "SLURM_NTASKS" not in os.environ
 with open("calls.txt", "a") as calls:
     calls.write(" ".join(sys.argv[1:]) + "\\n")
 if pathlib.Path("fail").exists() and "quickstart_discrete" in sys.argv:
@@ -51,7 +52,9 @@ def run(tmp_path, monkeypatch):
     return call
 
 
-def test_runs_the_commands_that_it_prints_and_nothing_twice(run, capfd, tmp_path):
+def test_runs_the_commands_that_it_prints_and_nothing_twice(run, capfd, tmp_path, monkeypatch):
+    for name in ("RANK", "SLURM_NTASKS"):  # it may itself be part of a launch
+        monkeypatch.setenv(name, "1")
     assert run() == (0, COMMANDS)
     out = capfd.readouterr().out
     assert [line[2:] for line in out.splitlines() if line.startswith("$ ")] == [

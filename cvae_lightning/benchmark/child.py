@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from cvae_lightning.launch import alone
+
 PATIENCE = 10.0
 """Seconds that a child has to end after SIGTERM."""
 TAIL = 15
@@ -20,6 +22,8 @@ TAIL = 15
 
 class Child:
     """A process in a group of its own, so that Ctrl-C reaches the runner alone, which then ends its children.
+
+    It knows nothing of the launch (SLURM, torchrun) that the runner belongs to: each cell is one process.
 
     Args:
         words: the command.
@@ -30,7 +34,7 @@ class Child:
     def __init__(self, words: Sequence[str], log: Path, threads: int) -> None:
         count = str(threads)
         environment = {
-            **os.environ,
+            **alone(os.environ),
             "OMP_NUM_THREADS": count,
             "MKL_NUM_THREADS": count,
             "TOKENIZERS_PARALLELISM": "false",

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
+import importlib
+from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
 
 from cvae_lightning.config_merge import merge_model
 
@@ -80,6 +85,8 @@ def _merge_entry(before: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]
     if "class_path" in before and not over.keys() & ENTRY_KEYS:
         over = {"init_args": over}
     result = dict(before)
+    if "class_path" in before and over.get("class_path", before["class_path"]) != before["class_path"]:
+        before = result = {**before, "init_args": accepted(over["class_path"], before.get("init_args") or {})}
     for key, value in over.items():
         if isinstance(key, str) and key.endswith("+"):
             more = value if isinstance(value, list) else [value]
@@ -89,6 +96,28 @@ def _merge_entry(before: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]
         else:
             result[key] = value
     return result
+
+
+def accepted(class_path: Any, arguments: Any) -> Any:
+    """Return those arguments of another class that this one takes too, as LightningCLI keeps them.
+
+    All of them where the class cannot be looked at from here: then the training says what does not fit.
+    """
+    module, _, name = str(class_path).rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        return arguments
+    if not isinstance(cls, type) or not isinstance(arguments, dict):
+        return arguments
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, "taken", fail_untyped=False)
+    kept = {}
+    for key, value in arguments.items():
+        with contextlib.suppress(ArgumentError, TypeError, ValueError, KeyError):
+            parser.validate(Namespace(taken=Namespace(**{key: deepcopy(value)})), skip_required=True)
+            kept[key] = value
+    return kept
 
 
 def _merge_arguments(before: Any, over: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from cvae_lightning.benchmark.compose import class_name, compose, set_option
 from cvae_lightning.benchmark.settings import Settings, Source
 from cvae_lightning.benchmark.smoke import shrink
 from cvae_lightning.config_merge import read_config
+from cvae_lightning.file_content import file_contents
 from cvae_lightning.recipes import find_recipe
 
 ENTANGLED_GROUP = "entangled models"
@@ -192,10 +193,17 @@ def _cell(
         folder, start = model, digest((model / "baseline.json").read_text(encoding="utf-8"))
     else:
         folder, start = root / task / recipe / "model", ""
-    fit_hash = digest([config, seed, start])
+    files, test_files = data_files(config), data_files(test_config)
+    trained_on = {name: content for name, content in files.items() if name != "test_path"}
+    fit_hash = digest([config, seed, start, *([trained_on] if trained_on else [])])
     entangled = model if isinstance(model, Cell) else None
-    whole = digest([fit_hash, test_config])
+    whole = digest([fit_hash, test_config, *([test_files] if test_files else [])])
     return Cell(task, recipe, seed, group, root, config, test_config, entangled, folder, fit_hash, whole)
+
+
+def data_files(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the hashes of the local files that a config's data are read from; none for a task that makes its own."""
+    return file_contents((config.get("data") or {}).get("init_args") or {})
 
 
 def digest(content: Any) -> str:
@@ -235,7 +243,7 @@ def _arguments(config: dict[str, Any]) -> dict[str, Any]:
 
 def _check_steps(config: dict[str, Any]) -> None:
     steps, every = config["trainer"].get("max_steps"), config["checkpoint"].get("every_n_train_steps")
-    if isinstance(steps, int) and isinstance(every, int) and every > 0 and steps % every:
+    if isinstance(steps, int) and isinstance(every, int) and steps > 0 and every > 0 and steps % every:  # -1: no limit
         raise ValueError(
             f"trainer.max_steps {steps} is no multiple of checkpoint.every_n_train_steps {every}: the model tested "
             "would not be the last one"

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from cvae_lightning.atomic_write import write_text
 from cvae_lightning.benchmark.claims import is_claimed
 from cvae_lightning.benchmark.compose import differences
-from cvae_lightning.benchmark.plan import Cell, holds_model
+from cvae_lightning.benchmark.plan import Cell, data_files, holds_model
 
 MARK = "progress.json"
 """The first file of a cell: only a folder that holds it is ever emptied."""
@@ -97,7 +97,8 @@ def what_changed(cell: Cell) -> list[str]:
     texts = differences(before.get("config"), cell.config)
     tests = differences(before.get("test_config"), cell.test_config)
     texts += [f"in tests {text}" for text in tests if text not in texts]
-    return texts or ["its entangled model"]
+    unseen = "its entangled model" + (" or the content of its data files" if data_files(cell.test_config) else "")
+    return texts or [unseen]
 
 
 def adopt(cell: Cell, result: dict[str, Any]) -> None:

@@ -76,7 +76,9 @@ class Running:
 class Runner:
     """Runs what is not finished, next to other runners of the same folder.
 
-    A cell that failed before this runner started is tried once more; what fails while it runs is left to the next.
+    A cell that failed before this runner started is tried once more; what fails while it runs is left to the next. A
+    result of another configuration that was there at the start is run anew; one that another runner leaves meanwhile is
+    kept, and its cell counts as changed.
 
     Args:
         cells: the cells, entangled models first.
@@ -106,6 +108,8 @@ class Runner:
         self.stopped_by: signal.Signals | None = None
         self._results: dict[Cell, dict[str, Any]] = {}
         self._old_failures = {c: r["attempt"] for c in cells if (r := self._result(c)) and r["status"] == "failed"}
+        self._to_replace = {c: r["hash"] for c in cells if (r := self._result(c)) and r["status"] == "done"}
+        self._changed: set[Cell] = set()
         self._open: list[Cell] = []
         self._scanned = -math.inf
 
@@ -140,7 +144,9 @@ class Runner:
         return bool(self.running or self._open)
 
     def _settled(self, cell: Cell) -> bool:
-        """Return whether nothing is left to do: done, failed in this round, or without its entangled model."""
+        """Return whether nothing is left to do: done, failed in this round, changed, or without its entangled model."""
+        if cell in self._changed:
+            return True
         if cell.entangled is not None and not self._done(cell.entangled) and self._settled(cell.entangled):
             return True
         result = self._result(cell)
@@ -167,8 +173,21 @@ class Runner:
         if self._settled(cell):  # finished by another runner a moment ago
             claim.release()
             return
+        result = self._result(cell)
+        if result is not None and result["status"] == "done" and result["hash"] != self._to_replace.get(cell):
+            claim.release()
+            self._changed.add(cell)
+            self.display.event(
+                f"changed {cell.name}: another runner has finished it with another configuration; its result is kept "
+                "(--rerun-changed runs it anew)"
+            )
+            return
         progress = Progress.read(cell)
         if progress is not None and progress.hash != cell.fit_hash:
+            if (result is None or result["status"] != "done") and cell.checkpoint.exists():
+                self.display.event(
+                    f"cleared {cell.name}: a training of another configuration was there, at step {records.step(cell)}"
+                )
             records.clear(cell)
             progress = None
         progress = progress or Progress(cell.fit_hash)

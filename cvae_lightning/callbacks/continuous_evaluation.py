@@ -29,7 +29,7 @@ class ContinuousEvaluation(StrategyEvaluation):
     keys of :class:`StrategyEvaluation`; ``sampled/...`` and ``greedy/...`` draw z from the router.
 
     Args:
-        num_examples: records of the split to generate for.
+        num_examples: different inputs of the split to generate for, the first ones.
         every_n_validations: evaluate at every n-th validation of a fit.
         sampled: also generate from the router.
         max_new_tokens: longest generation in tokens; None = the module's default.

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from cvae_lightning.callbacks.examples import different_inputs
 from cvae_lightning.metrics import ControlledAlignment, LocalStrategyCoverage
 from cvae_lightning.outputs import Record
 
@@ -30,7 +31,7 @@ class Generation(NamedTuple):
 class StrategyEvaluation(Callback):
     """Generates under every forced latent and from the router, and scores what comes out.
 
-    Controlled: the first ``num_examples`` records of the split, every z_k forced, greedy decoding. Sampled: z drawn
+    Controlled: the first ``num_examples`` inputs of the split, every z_k forced, greedy decoding. Sampled: z drawn
     from the router and tokens sampled, and once more with the router's most probable z and greedy decoding.
     With a verifier (``datamodule.task``) it logs, under ``val/`` or ``test/``,
     ``controlled/alignment_one_to_one``, ``controlled/alignment_ceiling``, ``controlled/local_strategy_coverage_mean``,
@@ -44,7 +45,7 @@ class StrategyEvaluation(Callback):
     numbers. Neither the random state nor the train mode of the module is disturbed.
 
     Args:
-        num_examples: records of the split to generate for.
+        num_examples: different inputs of the split to generate for, the first ones.
         every_n_validations: generate at every n-th validation of a fit.
         sampled: also generate from the router.
         max_new_tokens: longest generation in tokens; None = the module's default.
@@ -116,13 +117,13 @@ class StrategyEvaluation(Callback):
         if not hasattr(data, "records"):
             rank_zero_warn("StrategyEvaluation needs a data module with records(split): nothing was generated")
             return
-        records = data.records(stage)
-        examples = min(self.num_examples, len(records))
+        chosen = different_inputs(data, stage, self.num_examples)
+        examples = len(chosen)
         self.controlled, self.samples, self.matrix, self.distance, self.scores = [], [], None, None, {}
         if examples == 0:
             return
         mine = range(trainer.global_rank, examples, trainer.world_size)
-        share = [records[i] for i in mine]
+        share = [chosen[i] for i in mine]
         uniform = torch.rand(examples, generator=torch.Generator().manual_seed(self.seed))[list(mine)]
         task = getattr(data, "task", None)
         with undisturbed(pl_module):

@@ -47,6 +47,7 @@ def latent_scatter(
     label = np.asarray(labels)
     fig = Figure(figsize=(9.0, 4.4), layout="constrained")
     left, right = fig.subplots(1, 2, sharex=True, sharey=True)
+    handles: dict[str, Any] = {}
     colour = [colormaps["tab10"](i % 10) for i in range(max(1, len(names)))]
     for ax, values, what in ((left, posterior, "posterior means"), (right, router, "router means")):
         flat = (np.asarray(values, dtype=float) - centre) @ axes.T
@@ -54,9 +55,8 @@ def latent_scatter(
             shown = label == s
             if shown.any():
                 name = names[s] if s >= 0 else "unknown"
-                ax.scatter(
-                    *flat[shown].T, s=9, alpha=0.6, color="0.6" if s < 0 else colour[s], label=name, linewidths=0
-                )
+                points = ax.scatter(*flat[shown].T, s=9, alpha=0.6, color="0.6" if s < 0 else colour[s], linewidths=0)
+                handles.setdefault(name, points)  # not by label: matplotlib leaves out those that begin with _
         ax.set_title(what, fontsize=10)
         ax.set_xlabel(f"first axis ({share[0]:.0%} of the variance)")
         ax.locator_params(axis="x", nbins=6)  # or the numbers of small latents run into each other
@@ -67,9 +67,10 @@ def latent_scatter(
             left.plot(*path[:, k].T, color="black", linewidth=0.7, alpha=0.6)
             left.annotate(f"c{k}", path[-1, k], xytext=(4, 4), textcoords="offset points", fontsize=9)
         left.scatter(*path[-1].T, s=70, marker="X", color="black", edgecolors="white", linewidths=0.8)
-    handles, texts = left.get_legend_handles_labels()
     if handles:
-        fig.legend(handles, texts, loc="outside right upper", fontsize=8, markerscale=2)
+        legend = fig.legend([*handles.values()], [*handles], loc="outside right upper", fontsize=8, markerscale=2)
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a $ in the name of a strategy is no formula
     fig.suptitle(title, fontsize=11)
     return fig
 

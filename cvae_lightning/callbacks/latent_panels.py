@@ -13,6 +13,7 @@ from cvae_lightning.callbacks import figures, latent_figures
 from cvae_lightning.callbacks.continuous_evaluation import ContinuousEvaluation
 from cvae_lightning.callbacks.epoch_results import logged, metric_result
 from cvae_lightning.callbacks.evaluation import undisturbed
+from cvae_lightning.callbacks.examples import different_inputs
 from cvae_lightning.callbacks.tensorboard import escape_cell, tensorboard_writer
 
 
@@ -134,11 +135,11 @@ class LatentPanels(Callback):
         for name, figure in drawn.items():
             writer.add_figure(f"{stage}/figures/{name}", figure, step)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        records = data.records(stage)
-        xs = [records[i].x for i in range(min(self.num_inputs, len(records)))]
-        with undisturbed(pl_module):
-            text = self.traversal(pl_module, xs, evaluation.points["posterior_mean"])
-        writer.add_text(f"{stage}/latent/traversal", text, step)
+        if hasattr(data, "records"):  # ContinuousEvaluation has said what is lacking where it has not
+            xs = [record.x for record in different_inputs(data, stage, self.num_inputs)]
+            with undisturbed(pl_module):
+                text = self.traversal(pl_module, xs, evaluation.points["posterior_mean"])
+            writer.add_text(f"{stage}/latent/traversal", text, step)
         writer.flush()
 
     def traversal(self, pl_module: Any, xs: list[str], points: Tensor) -> str:

@@ -85,9 +85,16 @@ class SaveAtTermination(Callback):
         return trainer.strategy.reduce_boolean_decision(self._told, all=False)
 
     def _save(self, trainer: Trainer) -> None:
-        checkpoint: Any = trainer.checkpoint_callback
-        if not isinstance(checkpoint, ModelCheckpoint) or not checkpoint.dirpath or not checkpoint.save_last:
-            return
-        target = Path(checkpoint.dirpath) / f"{checkpoint.CHECKPOINT_NAME_LAST}{checkpoint.FILE_EXTENSION}"
-        trainer.save_checkpoint(target, checkpoint.save_weights_only)
-        rank_zero_info(f"terminated: saved {target} at step {trainer.global_step}")
+        target = save_last(trainer)
+        if target is not None:
+            rank_zero_info(f"terminated: saved {target} at step {trainer.global_step}")
+
+
+def save_last(trainer: Trainer) -> Path | None:
+    """Write ``last.ckpt`` of the run's ``ModelCheckpoint`` and return it; None where it keeps none."""
+    checkpoint: Any = trainer.checkpoint_callback
+    if not isinstance(checkpoint, ModelCheckpoint) or not checkpoint.dirpath or not checkpoint.save_last:
+        return None
+    target = Path(checkpoint.dirpath) / f"{checkpoint.CHECKPOINT_NAME_LAST}{checkpoint.FILE_EXTENSION}"
+    trainer.save_checkpoint(target, checkpoint.save_weights_only)
+    return target

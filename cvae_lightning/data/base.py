@@ -181,7 +181,7 @@ class RecordDataModule(LightningDataModule, ABC):
 
     def train_dataloader(self) -> ResumableLoader:
         """Return the resumable loader of full training batches."""
-        dataset = self._dataset("train")
+        dataset = self.kept_records("train")
         size, _ = world()
         batch_size = max(1, min(self.batch_size, len(dataset) // size))
         lengths = self._lengths(dataset) if self.length_bucketing else None
@@ -201,7 +201,7 @@ class RecordDataModule(LightningDataModule, ABC):
         return self._evaluation_loader("test" if self.has_split("test") else "val")
 
     def _evaluation_loader(self, split: Split) -> DataLoader[Any]:
-        dataset = self._dataset(split)
+        dataset = self.kept_records(split)
         size, _ = world()
         if len(dataset) < size:
             raise ValueError(f"split {split!r} has {len(dataset)} records, fewer than the {size} processes")
@@ -216,9 +216,14 @@ class RecordDataModule(LightningDataModule, ABC):
             "generator": torch.Generator().manual_seed(self.seed),  # iterating leaves the global generator alone
         }
 
-    def _dataset(self, split: Split) -> Any:
+    def kept_records(self, split: Split) -> Sequence[Record]:
+        """Return the records of a split that are served: without those that ``on_overflow: skip`` leaves out.
+
+        Raises:
+            ValueError: if there is no template, or a record is too long and none is to be skipped.
+        """
         records, kept = self.records(split), self._kept_indices(split)
-        return records if kept is None else Subset(records, kept)  # type: ignore[arg-type]
+        return records if kept is None else Subset(records, kept)  # type: ignore[arg-type,return-value]
 
     def _kept_indices(self, split: Split) -> list[int] | None:
         template = self.template

@@ -54,10 +54,16 @@ def _text(path: Path, option: str) -> str:
 
 
 def _json_rows(source: str, text: str) -> Iterator[Row]:
+    is_list = source.lower().endswith(".json") and text.lstrip().startswith("[")
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         where = f"{source}:{number}"
+        if is_list:
+            raise ValueError(
+                f"{where}: expected one JSON object per line, got a list: write every object on a line of its own, "
+                "without brackets and commas around them"
+            )
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -113,11 +119,19 @@ def _dataset_rows(source: str, option: str, default_split: str) -> Iterator[Row]
             table = datasets.load_dataset(repository, config or None)
     except (OSError, ValueError) as error:
         raise ValueError(f"{option}: cannot load the data set {name!r}: {error}") from None
+    except _dataset_errors(datasets) as error:  # which say only that something is wrong
+        cause = error.__cause__ or error
+        raise ValueError(f"{option}: cannot load the data set {name!r}: {cause!s:.300}") from None
     if isinstance(table, dict):
         if split not in table:
             raise ValueError(f"{option}: the data set {name!r} has no split {split!r}; it has {', '.join(table)}")
         table = table[split]
     return ((f"{name}#{split}:{number}", dict(row)) for number, row in enumerate(table, 1))
+
+
+def _dataset_errors(datasets: Any) -> tuple[type[Exception], ...]:
+    found = getattr(getattr(datasets, "exceptions", None), "DatasetsError", None)
+    return () if found is None else (found,)
 
 
 def listed(names: Iterable[str]) -> str:

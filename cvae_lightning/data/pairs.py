@@ -100,9 +100,8 @@ class PairsDataModule(RecordDataModule):
         }
         if "val" not in pairs:
             pairs["train"], pairs["val"] = self._divide(pairs["train"])
-        elif shared := {x for x, _ in pairs["train"].texts} & {x for x, _ in pairs["val"].texts}:
-            rank_zero_warn(f"{len(shared)} inputs of val_path are in train_path too, such as {min(shared)!r:.60}")
-        names = sorted({name for name in pairs["train"].names if name is not None})
+        self._compare(pairs)
+        names = sorted({name for rows in pairs.values() for name in rows.names if name is not None})
         records = {split: self._labelled(rows, names) for split, rows in pairs.items()}
         self._pairs, self._names, self._records = pairs, names, records
 
@@ -166,21 +165,35 @@ class PairsDataModule(RecordDataModule):
         return pairs.subset(train), pairs.subset(val)
 
     @staticmethod
-    def _labelled(pairs: _Pairs, names: list[str]) -> list[Record]:
-        records = []
-        index = {name: i for i, name in enumerate(names)} | {None: UNLABELLED}
-        for i, (where, (x, y), name) in enumerate(zip(pairs.where, pairs.texts, pairs.names, strict=True)):
-            if name not in index:
-                raise ValueError(
-                    f"{where}: strategy {name!r:.40} does not appear in the training records; known are "
-                    f"{listed(names) or 'none'}"
+    def _compare(pairs: dict[Split, _Pairs]) -> None:
+        """Warn of inputs that are both trained and evaluated on, and of labels that no training record has."""
+        train = pairs["train"]
+        inputs, names = {x for x, _ in train.texts}, {name for name in train.names if name is not None}
+        for split, rows in pairs.items():
+            if split == "train":
+                continue
+            if shared := inputs & {x for x, _ in rows.texts}:
+                rank_zero_warn(
+                    f"{len(shared)} inputs of {split}_path are in train_path too, such as {min(shared)!r:.60}"
                 )
-            records.append(Record(x, y, index[name], i))
-        return records
+            for where, name in zip(rows.where, rows.names, strict=True):
+                if names and name is not None and name not in names:
+                    rank_zero_warn(
+                        f"{where}: strategy {name!r:.40} does not appear in the training records; there are "
+                        f"{listed(sorted(names))}"
+                    )
+                    break
+
+    @staticmethod
+    def _labelled(pairs: _Pairs, names: list[str]) -> list[Record]:
+        index = {name: i for i, name in enumerate(names)} | {None: UNLABELLED}
+        return [
+            Record(x, y, index[name], i) for i, ((x, y), name) in enumerate(zip(pairs.texts, pairs.names, strict=True))
+        ]
 
     @property
     def strategy_names(self) -> list[str]:  # type: ignore[override]
-        """Names of the strategies of the training records, sorted; empty without labels."""
+        """Names of the strategies of all records, sorted; empty without labels."""
         self._read_all()
         return self._names
 

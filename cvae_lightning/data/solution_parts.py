@@ -62,7 +62,9 @@ class SolutionParts:
         done = len(parts) - len(missing)
         title = f"solutions for {self.name}"
         for number in progress(missing, title, bar, initial=done, total=len(parts)):
-            parts[number] = self._draw(number, draw)
+            self._draw(number, draw)
+        if missing:  # another run may have drawn a part meanwhile, with other rounding: all take what `read` takes
+            return self.load()
         return [pair for part in parts for pair in part or ()]
 
     def load(self) -> list[tuple[str, str]]:
@@ -79,14 +81,13 @@ class SolutionParts:
             )
         return [pair for part in parts for pair in part or ()]
 
-    def _draw(self, number: int, draw: Draw) -> list[tuple[str, str]]:
+    def _draw(self, number: int, draw: Draw) -> None:
         xs = self._inputs[number]
         ys = draw(xs, hash_int(f"{self._seed}/{self.name}/{number}"))
         times = len(ys) // len(xs)
         pairs = [(xs[i // times], y) for i, y in enumerate(ys) if y is not None]
         text = "".join(json.dumps({"x": x, "y": y}) + "\n" for x, y in pairs)
         write_text(self.folder / f"{number:06d}-{content_hash(text.encode())}.jsonl", text)
-        return pairs
 
 
 def content_hash(content: bytes) -> str:

@@ -30,7 +30,7 @@ def export(args: Sequence[str]) -> int:
         notes.append("no config.yaml beside the run: the card has no sample outputs (--config names one)")
     elif config is not None and given.inputs:
         try:
-            outputs = write_samples(module, samples.sample_inputs(config, given.inputs))
+            outputs = write_samples(module, samples.sample_inputs(config, given.inputs, module.template))
         except (OSError, ValueError) as error:
             if given.config:
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,14 +60,14 @@ def restore(path: str | Path) -> Restored:
         )
     kind = "continuous" if "router_head.weight" in state else "discrete"
     cls, notes = KINDS[kind], []
-    own = given.get("_class_path") or f"cvae_lightning.{cls.__name__}"
-    if not str(own).startswith("cvae_lightning."):
+    own = given.get("_class_path")  # None where the model was built in Python: it may be of any class
+    is_ours = str(own).startswith("cvae_lightning.")
+    if own is not None and not is_ours:
         notes.append(f"the model was trained as {own}; what that class overrides is code, and is not exported")
-    losses: dict[str, LossCallback | None]
-    try:
-        losses = rebuild(given.get("losses"), source)
-    except ValueError:  # a loss of the user's own, which plays no part in using the model
-        losses = {"free_energy_loss": FreeEnergyLoss()}
+    losses: dict[str, LossCallback | None] = {}
+    with contextlib.suppress(ValueError):  # a loss of the user's own
+        losses = rebuild(given.get("losses"), source) or {}
+    losses = losses or {"free_energy_loss": FreeEnergyLoss()}  # losses play no part in using the model
     known = inspect.signature(cls.__init__).parameters.keys() - {"self", "losses", "seeding"}
     arguments = {name: value for name, value in given.items() if name in known}
     if "lora" in arguments:
@@ -79,7 +80,12 @@ def restore(path: str | Path) -> Restored:
     mismatch = module.load_state_dict(
         {name: value for name, value in state.items() if not name.startswith(TRAINING_STATE)}, strict=False
     )
-    wrong = [*mismatch.unexpected_keys, *(k for k in mismatch.missing_keys if not k.startswith(TRAINING_STATE))]
+    wrong = [k for k in mismatch.missing_keys if not k.startswith(TRAINING_STATE)]
+    if is_ours:
+        wrong = [*mismatch.unexpected_keys, *wrong]
+    elif mismatch.unexpected_keys:
+        listed = ", ".join(mismatch.unexpected_keys[:3]) + (", ..." if mismatch.unexpected_keys[3:] else "")
+        notes.append(f"weights that no {cls.__name__} has are left out: {listed}")
     if wrong:
         more = f" and {len(wrong) - 1} more" if wrong[1:] else ""
         raise ValueError(f"{source} does not fit the {cls.__name__} that it describes: {wrong[0]}{more}")

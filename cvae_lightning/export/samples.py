@@ -7,7 +7,9 @@ from typing import Any
 
 from lightning import LightningDataModule
 
+from cvae_lightning.callbacks.examples import different_inputs
 from cvae_lightning.config_merge import read_config
+from cvae_lightning.template import PromptTemplate
 from cvae_lightning.trust import find_class, rebuild
 
 
@@ -17,11 +19,12 @@ def beside(checkpoint: Path, name: str) -> Path | None:
     return next((path for path in (folder / name, folder.parent / name) if path.is_file()), None)
 
 
-def sample_inputs(config: Path, count: int) -> list[str]:
+def sample_inputs(config: Path, count: int, template: PromptTemplate) -> list[str]:
     """Return the first different inputs of the test split, or of the validation split where there is none.
 
-    The config lies beside a checkpoint and may be a stranger's, so only classes of this package, or of modules that
-    are imported already, are built.
+    What is longer than the ``max_length`` of the model's ``template`` is left out, as it was in training. The config
+    lies beside a checkpoint and may be a stranger's, so only classes of this package, or of modules that are imported
+    already, are built.
 
     Raises:
         ValueError: if the config names no data, or other classes, or the data cannot be read.
@@ -33,12 +36,8 @@ def sample_inputs(config: Path, count: int) -> list[str]:
     try:
         data = cls(**rebuild(given.get("init_args") or {}, str(config)))
         split = "test" if data.has_split("test") else "val"
-        records = data.records(split)
+        if hasattr(data, "kept_records"):
+            data.template = template
+        return [record.x for record in different_inputs(data, split, count)]
     except (TypeError, AttributeError) as error:
         raise ValueError(f"{config}: {given['class_path']} cannot be built: {error}") from error
-    found: dict[str, None] = {}
-    for index in range(min(len(records), 100 * count)):
-        found.setdefault(records[index].x)
-        if len(found) == count:
-            break
-    return list(found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ from cvae_lightning.template import PromptTemplate
 Outputs = DiscreteOutputs | ContinuousOutputs
 
 
-class CVAEModule(AdaptedModule):
+class CVAEModule(AdaptedModule, ABC):
     """Router, generator and posterior around an entangled model, with pluggable losses.
 
     Subclasses say what the latent is; a user's subclass overrides one stage of :meth:`compute_outputs`, or
@@ -297,7 +297,9 @@ class CVAEModule(AdaptedModule):
                     rank_zero_warn(
                         f"c_base was measured with {what} fingerprint {getattr(self.artifact, what)} "
                         f"({self.entangled}/baseline.json), this run has {now}: rho_recon compares unlike things. "
-                        "Run `cvae-lightning validate` on the entangled model with this data, or set model.c_base"
+                        "Measure it on this data, with the config that the entangled model was trained by, "
+                        f"`cvae-lightning validate --config ENTANGLED --model.init_args.model {self.entangled} "
+                        "--model.init_args.config null`, or set model.c_base"
                     )
 
     def on_fit_start(self) -> None:

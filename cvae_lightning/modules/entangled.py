@@ -34,7 +34,8 @@ class EntangledLM(LanguageModule):
     """A causal language model of y given x that mixes all strategies: the start of every CVAE, and its yardstick.
 
     Generative process: p(y|x) = prod_t p(y_t|x, y_<t), trained by the mean NLL of the y-tokens. After ``fit`` (and
-    after ``validate``, which only evaluates) ``output_dir`` holds the model, its tokenizer and ``baseline.json``.
+    after ``validate``, which only evaluates) ``output_dir`` holds the model, its tokenizer and ``baseline.json``; a
+    ``fast_dev_run`` writes none of it.
 
     Args:
         output_dir: artifact folder to write.
@@ -94,6 +95,7 @@ class EntangledLM(LanguageModule):
         self.validation_nll = ReconstructionRatio(1.0)
         self.keep_longest_y()
         self.seconds = 0.0
+        self._has_weights = model is not None
         if model is not None:
             self._adopt(load_causal_lm(model), load_tokenizer(model))
 
@@ -125,18 +127,47 @@ class EntangledLM(LanguageModule):
         checkpoint["entangled"] = describe_lm(self.lm, self.template.tokenizer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Rebuild the model where no data has done so."""
+        """Rebuild the model where no data has done so, or data whose tokens are not those of the weights.
+
+        Raises:
+            ValueError: if the model of other tokens is shared out among processes already.
+        """
         super().on_load_checkpoint(checkpoint)
         if self.lm is None:
             self._adopt(*rebuild_lm(checkpoint["entangled"]))
+        elif self.config is not None and "entangled" in checkpoint:
+            stored = checkpoint["entangled"]
+            if stored["tokenizer"] == describe_lm(self.lm, self.template.tokenizer)["tokenizer"]:
+                return
+            if is_sharded(self):
+                raise ValueError(
+                    "the checkpoint was trained with a tokenizer that today's training split does not give: expected "
+                    "the data that it was trained on; give that data, or load the checkpoint in one process"
+                )
+            rank_zero_info("the tokenizer is that of the checkpoint: today's training split would give another one")
+            self._adopt(*rebuild_lm(stored))
 
     def on_fit_start(self) -> None:
         """Refuse a folder that cannot be written before any work is done, and start the clock."""
         self._started = time.monotonic()
+        self._has_weights = True
         if self.trainer.is_global_zero:
             os.makedirs(self.output_dir, exist_ok=True)
             if not os.access(self.output_dir, os.W_OK):
                 raise PermissionError(f"output_dir {self.output_dir!r} cannot be written")
+
+    def on_validation_start(self) -> None:
+        """Refuse to measure a model that nobody has trained: its artifact would take the place of a trained one.
+
+        Raises:
+            ValueError: if ``validate`` has neither ``model`` nor a checkpoint.
+        """
+        if self.trainer.state.fn == "validate" and not (self._has_weights or self.from_checkpoint):
+            raise ValueError(
+                f"validate would write a model of random weights to {self.output_dir}: expected trained ones, got a "
+                "config alone. Give the training's checkpoint with --ckpt_path, or the folder of a trained model with "
+                "--model.init_args.model FOLDER --model.init_args.config null"
+            )
 
     @property
     def positions_between(self) -> int:
@@ -179,12 +210,18 @@ class EntangledLM(LanguageModule):
     def on_fit_end(self) -> None:
         """Measure the baseline on the validation split with the final weights and write the artifact."""
         self.seconds = time.monotonic() - self._started
-        self.write_artifact(self.trainer.datamodule)  # type: ignore[attr-defined]
+        if not self._is_trial:
+            self.write_artifact(self.trainer.datamodule)  # type: ignore[attr-defined]
 
     def on_validation_end(self) -> None:
         """Write the artifact where the model is only evaluated."""
-        if self.trainer.state.fn == "validate":
+        if self.trainer.state.fn == "validate" and not self._is_trial:
             self.write_artifact(self.trainer.datamodule)  # type: ignore[attr-defined]
+
+    @property
+    def _is_trial(self) -> bool:
+        """Whether this is a ``fast_dev_run``, which only tries whether all runs and must leave no trace."""
+        return bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
 
     def write_artifact(self, data: Any) -> Baseline:
         """Write ``output_dir`` and return its baseline."""

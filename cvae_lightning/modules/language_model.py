@@ -49,6 +49,8 @@ class LanguageModule(HasSpec, Shardable):
     lm: Any
     template: PromptTemplate
     _longest_seen: int
+    from_checkpoint = False
+    """Whether a checkpoint has been loaded, so that the weights are not those of a new model."""
 
     def __init__(
         self,
@@ -217,6 +219,7 @@ class LanguageModule(HasSpec, Shardable):
         check_format(checkpoint, "the checkpoint")
         if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
             restore_scheduled(self, checkpoint)
+        self.from_checkpoint = True
 
     @property
     def shows_progress(self) -> bool:

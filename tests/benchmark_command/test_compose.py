@@ -1,5 +1,7 @@
 """One config from many: by the rules of the command line, which is the oracle here."""
 
+import sys
+
 import pytest
 import yaml
 
@@ -16,6 +18,13 @@ CALLBACKS = {
         ]
     }
 }
+
+DERIVED = """
+from cvae_lightning.data import SyntheticDataModule
+class Derived(SyntheticDataModule):
+    def __init__(self, extra: int = 1, **kwargs):
+        super().__init__(**kwargs)
+"""
 
 
 def printed(capsys, *words):
@@ -48,6 +57,25 @@ def test_is_what_the_command_line_makes_of_the_same_files_and_options(names, opt
     losses = {name: loss for name, loss in expected["model"]["init_args"].pop("losses").items() if loss}
     assert {name: loss for name, loss in found["model"]["init_args"].pop("losses").items() if loss} == losses
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data": {"class_path": "cvae_lightning.data.PairsDataModule", "init_args": {"train_path": "a.jsonl"}}},
+        {"data": {"class_path": "compose_parts.Derived", "init_args": {"val_size": 3}}},
+        {"model": {"class_path": "cvae_lightning.ContinuousCVAE", "init_args": {"latent_dim": 3}}},
+    ],
+)
+def test_another_class_keeps_the_arguments_that_it_has_too(change, tmp_path, capsys, monkeypatch):
+    (tmp_path / "compose_parts.py").write_text(DERIVED)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "compose_parts", raising=False)
+    (tmp_path / "change.yaml").write_text(yaml.safe_dump(change))
+    names = [find_recipe("discrete_sorting_algorithms"), tmp_path / "change.yaml"]
+    (tmp_path / "made.yaml").write_text(yaml.safe_dump(compose([read_config(path) for path in names], {})))
+    expected = printed(capsys, *[word for path in names for word in ("--config", str(path))])
+    assert printed(capsys, "--config", str(tmp_path / "made.yaml")) == expected
 
 
 def test_plain_lists_and_dicts_are_replaced_and_plus_appends():

@@ -1,12 +1,13 @@
 """From the settings to cells, and from a cell to the config that it runs."""
 
+import os
 from dataclasses import replace
 
 import pytest
 import yaml
 
 from cvae_lightning import cli
-from cvae_lightning.benchmark.plan import located, plan, select
+from cvae_lightning.benchmark.plan import digest, located, plan, select
 from cvae_lightning.benchmark.settings import RecipeSettings, Settings, Source, TaskSettings, load_settings
 from cvae_lightning.recipes import recipe_folder
 
@@ -134,6 +135,42 @@ def test_patterns_choose_cells_and_what_they_need():
         ValueError, match="--only seed3: names no cell; tasks: sorting_algorithms, base_conversion; rec"
     ):
         select(cells, ["seed3"])
+
+
+def test_hashes_follow_the_content_of_data_files(tmp_path):
+    options = {f"data.{split}_path": str(tmp_path / f"{split}.jsonl") for split in ("train", "test")}
+
+    def hashes():
+        task = TaskSettings(Source(("entangled_pairs",), options), options)
+        recipe = RecipeSettings(Source(("discrete_pairs",)))
+        cells = plan(replace(SETTINGS, tasks={"mine": task}, recipes={"r": recipe}, seeds=(1,), test_options={}))
+        return [cell.fit_hash for cell in cells], [cell.hash for cell in cells]
+
+    found = []
+    for train, test in (("1", "1"), ("2", "1"), ("2", "2"), ("1", "1")):
+        (tmp_path / "train.jsonl").write_text(train)
+        (tmp_path / "test.jsonl").write_text(test)
+        for path in tmp_path.iterdir():
+            os.utime(path, ns=(len(found) * 10**9, len(found) * 10**9))
+        found.append(hashes())
+    first, other_training, other_test, again = found
+    assert first == again
+    assert all(a != b for kinds in zip(first, other_training, strict=True) for a, b in zip(*kinds, strict=True))
+    assert other_test[0] == other_training[0]
+    assert all(a != b for a, b in zip(other_test[1], other_training[1], strict=True))
+
+
+def test_hashes_of_tasks_that_make_their_own_records_are_those_of_finished_results():
+    first, second = plan(SETTINGS)[0], plan(SETTINGS)[2]
+    for cell in (first, second):
+        start = "" if cell.entangled is None else cell.entangled.fit_hash
+        assert cell.fit_hash == digest([cell.config, cell.seed, start])
+        assert cell.hash == digest([cell.fit_hash, cell.test_config])
+
+
+def test_a_training_may_be_limited_by_epochs_alone():
+    cells = with_recipes(long=only(Source(OURS.source.configs, {"trainer.max_steps": -1, "trainer.max_epochs": 3})))
+    assert {cell.max_steps for cell in cells if cell.seed} == {None}
 
 
 def test_a_model_that_would_be_tested_before_its_last_step_is_refused():

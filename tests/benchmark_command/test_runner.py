@@ -192,6 +192,46 @@ def test_finished_cells_of_another_configuration_are_run_anew_only_if_asked(fold
     assert folder.calls() == collections.Counter(f"{word} {n}" for n in ours for word in ("fit", "test", "finished"))
 
 
+def test_a_result_that_another_runner_leaves_meanwhile_is_not_deleted(folder):
+    name = "base_conversion/ours/seed1"
+    folder.run("--only", "base_conversion/entangled")
+    (folder.path / "seconds").write_text("2")
+    first = folder.start("--only", name)
+    folder.wait_for(f"fit {name}")
+    changed = {**CONFIG["recipes"], "ours": {"configs": ["discrete_{task}"], "options": {"model.num_latents": 8}}}
+    folder.write({**CONFIG, "recipes": changed})
+    second = folder.start("--only", name)
+    outs = [runner.communicate(timeout=120)[0] for runner in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 1), outs
+    assert f"changed {name}: another runner has finished it with another configuration; its result is kept" in outs[1]
+    result = json.loads((folder.path / f"out/{name}/result.json").read_text())
+    assert result["config"]["model"]["init_args"]["num_latents"] == 4
+    assert not list(folder.path.rglob("claim.*"))
+    (folder.path / "seconds").write_text("0")
+    folder.run("--only", name, "--rerun-changed")
+    assert json.loads((folder.path / f"out/{name}/result.json").read_text())["config"]["model"]["init_args"] == {
+        **result["config"]["model"]["init_args"],
+        "num_latents": 8,
+    }
+
+
+def test_what_is_left_of_an_unfinished_training_is_not_cleared_in_silence(folder):
+    name = "base_conversion/ours/seed1"
+    folder.run("--only", "base_conversion/entangled")
+    (folder.path / "seconds").write_text("60")
+    runner = folder.start("--only", name)
+    while not (folder.path / f"out/{name}/checkpoints/last.ckpt").exists():
+        assert runner.poll() is None
+        time.sleep(0.02)
+    runner.send_signal(signal.SIGTERM)
+    runner.communicate(timeout=60)
+    changed = {**CONFIG["recipes"], "ours": {"configs": ["discrete_{task}"], "options": {"model.num_latents": 8}}}
+    folder.write({**CONFIG, "recipes": changed})
+    (folder.path / "seconds").write_text("0")
+    out = folder.run("--only", name)
+    assert f"cleared {name}: a training of another configuration was there, at step 5" in out
+
+
 def test_changed_test_options_and_retest_keep_the_trained_models(folder):
     folder.run("--only", "sorting_algorithms/ours/seed1")
     folder.calls()

@@ -1,5 +1,6 @@
 """Probes, clusters, controlled generation and panels on a module whose latents are known."""
 
+import lightning as L
 import pytest
 import torch
 from callback_fakes import FakeData, FakeModule, MirrorTask, make_trainer
@@ -177,6 +178,27 @@ def test_panels_reach_tensorboard(tmp_path):
     fresh = LatentPanels()
     fresh.load_state_dict(panels.state_dict())
     assert fresh.centroids == panels.centroids
+
+
+def test_panels_of_data_without_records_have_no_traversal(tmp_path):
+    class Own(L.LightningDataModule):
+        strategy_names = MirrorTask.strategies
+
+        def val_dataloader(self):
+            return MirrorData().val_dataloader()
+
+    class Alone(GaussianModule):
+        def validation_step(self, batch, batch_idx):
+            self.trainer.datamodule.records = MirrorData().records
+            super().validation_step(batch, batch_idx)
+            del self.trainer.datamodule.records
+
+    logger = TensorBoardLogger(tmp_path, name="", version="", default_hp_metric=False)
+    with pytest.warns(UserWarning, match="needs a data module with records"):
+        make_trainer(ContinuousEvaluation(), LatentPanels(), logger=logger).validate(Alone(), Own(), verbose=False)
+    tags = EventAccumulator(str(tmp_path), size_guidance={"images": 0, "tensors": 0}).Reload().Tags()
+    assert "val/figures/latent_scatter" in tags["images"]
+    assert "val/latent/traversal/text_summary" not in tags["tensors"]
 
 
 def test_panels_without_tensorboard(tmp_path):

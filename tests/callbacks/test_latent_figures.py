@@ -53,3 +53,10 @@ def test_router_marginal_has_a_panel_per_dimension(dimensions):
 def test_distances_are_written_into_their_cells():
     fig = centroid_distances([[0.0, 2.5], [2.5, 0.0]])
     assert [text.get_text() for text in fig.axes[0].texts] == ["0.00", "2.50", "2.50", "0.00"]
+
+
+def test_names_are_shown_as_they_are_written(tmp_path):
+    names = ["$\\x$", "_hidden", "cost $5_"]
+    figure = latent_scatter(RNG.normal(size=(8, 3)), RNG.normal(size=(8, 3)), [0, 1, 2, -1] * 2, names)
+    figure.savefig(tmp_path / "figure.png")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["unknown", *names]

@@ -134,5 +134,5 @@ def test_the_command_keeps_no_prediction_in_memory(tmp_path, monkeypatch):
         "data": {"class_path": "cvae_lightning.data.SyntheticDataModule", "init_args": {"task": {"class_path": task}}},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    assert cli.main(["predict", "--config", str(tmp_path / "config.yaml")]) == 0
+    assert cli.main(["predict", "--config", str(tmp_path / "config.yaml"), "--ckpt_path", "some.ckpt"]) == 0
     assert [options["return_predictions"] for options in calls] == [False]

@@ -7,6 +7,7 @@ import types
 import pytest
 
 from cvae_lightning.data import PairsDataModule
+from cvae_lightning.data.loader import hash_int
 from cvae_lightning.outputs import UNLABELLED
 
 
@@ -158,9 +159,35 @@ def test_missing_and_unreadable_sources_are_named(tmp_path):
         PairsDataModule(str(tmp_path / "notes.txt")).setup()
 
 
-def test_a_strategy_unseen_in_training_is_named_with_its_line(tmp_path):
+def test_a_strategy_unseen_in_training_has_a_name_and_is_pointed_at(tmp_path):
     data = load(tmp_path, *rows("a", "b"), val=rows("a", "zen", start=9), strategy_column="strategy")
-    with pytest.raises(ValueError, match=r"val\.jsonl:2: strategy 'zen' does not appear in .*; known are 'a', 'b'"):
+    with pytest.warns(UserWarning, match=r"val\.jsonl:2: strategy 'zen' does not appear in .*; there are 'a', 'b'"):
+        data.setup()
+    assert data.strategy_names == ["a", "b", "zen"]
+    assert [record.strategy for record in data.records("val")] == [0, 2]
+
+
+def test_a_label_whose_inputs_all_become_validation_does_not_stop_the_run(tmp_path):
+    held_out = next(f"q{i}" for i in range(1000) if hash_int(f"val/q{i}") < 0.1 * 2**63)
+    given = [*rows(*["common"] * 50), {"x": held_out, "y": "1", "strategy": "rare"}]
+    data = PairsDataModule(write(tmp_path / "a.jsonl", *given), strategy_column="strategy")
+    with pytest.warns(UserWarning, match=r"a\.jsonl:51: strategy 'rare' does not appear in the training records"):
+        data.setup()
+    assert data.strategy_names == ["common", "rare"]
+
+
+def test_labels_may_be_in_the_validation_and_test_sources_alone(tmp_path):
+    test_path = write(tmp_path / "test.jsonl", *rows("b", start=200))
+    train = [{**row, "strategy": None} for row in rows("a", "a")]
+    data = load(tmp_path, *train, val=rows("a", start=100), test_path=test_path, strategy_column="strategy")
+    data.setup()
+    assert data.strategy_names == ["a", "b"]
+    assert [data.records(split)[0].strategy for split in ("train", "val", "test")] == [UNLABELLED, 0, 1]
+
+
+def test_inputs_of_the_test_source_in_training_are_counted(tmp_path):
+    data = load(tmp_path, *rows("a", "a", "a"), test_path=write(tmp_path / "test.jsonl", *rows("a", "a")))
+    with pytest.warns(UserWarning, match="2 inputs of test_path are in train_path too, such as 'in 0'"):
         data.setup()
 
 
@@ -234,3 +261,18 @@ def test_folders_are_read_by_the_real_package(tmp_path):
         ("validation", 0),
     ]
     assert [r.x for r in PairsDataModule(str(tmp_path / "files"), str(tmp_path / "saved")).records("train")] == ["1"]
+
+
+def test_a_broken_file_in_a_folder_is_named(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "train.jsonl").write_text('{"x": "1", "y": \n')
+    with pytest.raises(ValueError, match=r"train_path: cannot load the data set '.*files': .*JSON"):
+        PairsDataModule(str(tmp_path / "files")).setup()
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_list_of_objects_is_called_what_it_is(tmp_path, indent):
+    (tmp_path / "a.json").write_text(json.dumps(rows("a", "b"), indent=indent))
+    with pytest.raises(ValueError, match=r"a\.json:1: expected one JSON object per line, got a list"):
+        PairsDataModule(str(tmp_path / "a.json")).setup()

@@ -169,6 +169,21 @@ def parts_of(folder, seed=0):
     return SolutionParts(folder, "train", "abc", list("abcdefg"), 3, seed)
 
 
+@pytest.mark.parametrize("word", ["other", "another", "third"])  # which file lies first is chance
+def test_all_processes_take_the_same_part_where_two_runs_have_drawn_it(tmp_path, word):
+    def one(xs, seed):
+        return [f"{x} one" for x in xs]
+
+    def other(xs, seed):
+        if not list(parts_of(tmp_path).folder.glob("000002-*")):
+            parts_of(tmp_path).fill(one, False)  # another run with the same folder is a little quicker
+        return [f"{x} {word}" for x in xs]
+
+    drawn = parts_of(tmp_path).fill(other, False)
+    assert len(list(parts_of(tmp_path).folder.glob("000000-*"))) == 2
+    assert drawn == parts_of(tmp_path).load()
+
+
 def test_parts_are_drawn_once_and_a_killed_run_goes_on(tmp_path):
     whole = parts_of(tmp_path / "whole").fill(letters, False)
     assert [x for x, _ in whole] == list("aabbddeeffgg")

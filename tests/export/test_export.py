@@ -6,13 +6,14 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
 import yaml
-from tiny import CONFIGS, QUIET, RECORDS, TinyData, tiny_artifact
+from tiny import CONFIGS, QUIET, RECORDS, TinyData, tiny_artifact, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -21,6 +22,7 @@ from cvae_lightning import cli, load_export
 from cvae_lightning import losses as losses_
 from cvae_lightning.backbones.causal_lm import build_causal_lm
 from cvae_lightning.export.folder import EXPORT_FILE, whole_folder, write_model
+from cvae_lightning.export.samples import sample_inputs
 from cvae_lightning.export.usage import plain_usage, string_prompt_is_exact
 from cvae_lightning.modules import ContinuousCVAE, EntangledLM, SharedDiscreteCVAE
 from cvae_lightning.template import PromptTemplate
@@ -236,6 +238,18 @@ def test_the_card_shows_what_was_measured_and_written(tmp_path, capsys):
     assert "2 optimizer steps" in card
 
 
+def test_sample_inputs_are_those_that_the_model_reads(tmp_path):
+    rows = [("1" * 80, "1"), *((str(i // 2), "1") for i in range(8))]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"x": x, "y": y}) + "\n" for x, y in rows))
+    arguments = {f"{split}_path": str(tmp_path / "rows.jsonl") for split in ("train", "val")}
+    config = {"data": {"class_path": "cvae_lightning.data.PairsDataModule", "init_args": arguments}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    template = PromptTemplate(tiny_tokenizer(), 2, max_length=64, on_overflow="skip")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*are in train_path too.*")
+        assert sample_inputs(tmp_path / "config.yaml", 3, template) == ["0", "1", "2"]
+
+
 def test_what_is_missing_is_said(tmp_path, capsys):
     _, checkpoint = train(tmp_path, OwnModel, losses={"own": OwnLoss()}, num_latents=2)
     content = torch.load(checkpoint, weights_only=True)
@@ -254,6 +268,42 @@ def test_what_is_missing_is_said(tmp_path, capsys):
     assert "Not measured" in card
     assert "No sample was written" in card
     assert "not measured | not measured" in card
+
+
+class WithHead(SharedDiscreteCVAE):
+    """A user's own, with weights of its own."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.my_head = torch.nn.Linear(2, 2)
+
+
+def test_weights_of_a_users_class_are_left_out_and_named(tmp_path, capsys):
+    model, checkpoint = train(tmp_path, WithHead, num_latents=2)
+    content = torch.load(checkpoint, weights_only=True)
+    for number, path in enumerate((None, "my_models.WithHead")):  # built in Python, and by the command line
+        if path:
+            content["hyper_parameters"]["_class_path"] = path
+            torch.save(content, checkpoint)
+        export("--ckpt", checkpoint, "--out", tmp_path / f"out{number}", "--inputs", 0)
+        said = "note: weights that no SharedDiscreteCVAE has are left out: my_head.weight, my_head.bias"
+        assert said in capsys.readouterr().out
+        assert load_export(tmp_path / f"out{number}").generate(XS, 1) == model.generate(XS, 1)
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path, capsys):
+    _, checkpoint = train(tmp_path, WithHead, num_latents=2)
+    content = torch.load(checkpoint, weights_only=True)
+    content["hyper_parameters"]["_class_path"] = "cvae_lightning.SharedDiscreteCVAE"
+    torch.save(content, checkpoint)
+    words = ["export", "--ckpt", str(checkpoint), "--out", str(tmp_path / "out"), "--inputs", "0"]
+    assert cli.main(words) == 1
+    assert "does not fit the SharedDiscreteCVAE that it describes: my_head.weight and 1 more" in capsys.readouterr().err
+    content["hyper_parameters"]["_class_path"] = "my_models.WithHead"
+    del content["state_dict"]["longest_y"]
+    torch.save(content, checkpoint)
+    assert cli.main(words) == 1
+    assert "does not fit the SharedDiscreteCVAE that it describes: longest_y" in capsys.readouterr().err
 
 
 def test_nothing_is_overwritten_or_left_half_written(tmp_path, capsys, monkeypatch):

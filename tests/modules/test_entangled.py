@@ -69,6 +69,33 @@ def test_validate_only_measures(tmp_path):
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
+def test_validate_writes_no_model_that_was_never_trained(tmp_path):
+    out = tmp_path / "out"
+    model, run = EntangledLM(str(out), config=CONFIGS["llama"]), trainer()
+    run.fit(model, TinyData())
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    before = (out / "model.safetensors").read_bytes()
+    random = EntangledLM(str(out), config=CONFIGS["llama"])
+    with pytest.raises(ValueError, match=r"random weights to .*out.* Give .*--ckpt_path"):
+        trainer().validate(random, TinyData(), verbose=False)
+    assert (out / "model.safetensors").read_bytes() == before
+    trainer().validate(random, TinyData(), ckpt_path=tmp_path / "model.ckpt", verbose=False)
+    trainer().validate(model, TinyData(), verbose=False)
+    again = EntangledLM(str(out), model=str(out))  # as the message about another fingerprint says
+    trainer().validate(again, TinyData([*RECORDS, RECORDS[0]]), verbose=False)
+    assert Baseline.load(out).num_tokens == cost(out, [*RECORDS, RECORDS[0]])[1]
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_a_trial_run_leaves_a_trained_model_alone(tmp_path):
+    out = tmp_path / "out"
+    trainer().fit(EntangledLM(str(out), config=CONFIGS["llama"]), TinyData())
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    trainer(fast_dev_run=True).fit(EntangledLM(str(out), config=CONFIGS["llama"], warmup_steps=0), TinyData())
+    trainer(fast_dev_run=True).validate(EntangledLM(str(out), model=str(out)), TinyData(), verbose=False)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
 def test_test_and_sanity_check_leave_no_artifact(tmp_path):
     model = EntangledLM(str(tmp_path / "out"), model=tiny_artifact(tmp_path / "start"))
     assert trainer().test(model, TinyData(), verbose=False)[0]["test/baseline_nll"] > 0
@@ -115,6 +142,32 @@ def test_checkpoint_loads_without_data_and_artifact(tmp_path):
     xs = [r.x for r in RECORDS]
     assert found.generate(xs, max_new_tokens=5) == model.generate(xs, max_new_tokens=5)
     assert found.template.fingerprint() == model.template.fingerprint()
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.parametrize("letters", ["abcdefghij", "abcdef"])
+def test_a_checkpoint_keeps_its_tokens_whatever_the_data_are_now(tmp_path, letters):
+    def model():
+        return EntangledLM(str(tmp_path / "out"), config=CONFIGS["llama"])
+
+    class Lettered(TinyData):
+        def alphabet(self):
+            return set(f"{letters};=")
+
+    run, first = trainer(), model()
+    run.fit(first, TinyData())
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    nats, tokens = cost(tmp_path / "out", RECORDS)
+    again = model()
+    trainer().validate(again, Lettered(), ckpt_path=tmp_path / "model.ckpt", verbose=False)
+    assert again.template.fingerprint() == first.template.fingerprint()
+    assert Baseline.load(tmp_path / "out").c_base == pytest.approx(nats / tokens, rel=1e-5)
+    resumed = model()
+    trainer(max_steps=4).fit(resumed, Lettered(), ckpt_path=tmp_path / "model.ckpt")
+    assert resumed.template.fingerprint() == first.template.fingerprint()
+    assert cost(tmp_path / "out", RECORDS)[0] == pytest.approx(
+        Baseline.load(tmp_path / "out").c_base * tokens, rel=1e-5
+    )
 
 
 def test_a_foreign_model_gets_rows_for_the_markers_and_keeps_its_own(tmp_path):
