@@ -31,7 +31,7 @@ from cvae_lightning.callbacks.save_at_end import SaveAtEnd
 from cvae_lightning.callbacks.save_at_termination import SaveAtTermination
 from cvae_lightning.callbacks.step_seed import StepSeed
 from cvae_lightning.config_merge import MergeConfig, rewrite_nulls
-from cvae_lightning.data import SelfGeneration
+from cvae_lightning.data import SelfGeneration, tasks
 from cvae_lightning.data.tasks.base import Task
 from cvae_lightning.entangle_first import train_entangled_first
 from cvae_lightning.losses.base import LossCallback
@@ -214,7 +214,7 @@ def class_help() -> str:
         ),
         ("low-rank adaptation (model.init_args.lora)", cvae_lightning.modules, LoRA),
         ("data modules (data.class_path)", cvae_lightning.data, LightningDataModule),
-        ("tasks (data.init_args.task)", cvae_lightning.data.tasks, Task),
+        ("tasks (data.init_args.task)", tasks, Task),
         ("solutions that are drawn (data.init_args.self_generated)", cvae_lightning.data, SelfGeneration),
         ("losses (model.init_args.losses.<name>.class_path)", cvae_lightning.losses, LossCallback),
         ("callbacks (trainer.callbacks)", cvae_lightning.callbacks, Callback),

@@ -33,7 +33,7 @@ class SaveAtEnd(Callback):
         if not isinstance(checkpoint, ModelCheckpoint) or checkpoint.save_last == "link":  # a link is made anew later
             return
         every = checkpoint._every_n_train_steps  # 0: it saves where epochs end
-        if every and trainer.global_step % every and self._is_last_batch(trainer) and not trainer.fast_dev_run:
+        if every and trainer.global_step % every and self._is_last_batch(trainer) and not _is_trial(trainer):
             checkpoint._save_last_checkpoint(trainer, checkpoint._monitor_candidates(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -41,7 +41,7 @@ class SaveAtEnd(Callback):
         checkpoint, step = trainer.checkpoint_callback, trainer.global_step
         if not isinstance(checkpoint, ModelCheckpoint):
             return
-        if trainer.fast_dev_run:
+        if _is_trial(trainer):
             checkpoint.save_last = False  # or Lightning, which comes next, writes the trial over a trained model
         elif step not in (self._begun, checkpoint._last_global_step_saved):
             save_last(trainer)
@@ -52,3 +52,7 @@ class SaveAtEnd(Callback):
             return True
         is_last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
         return is_last_epoch and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+
+
+def _is_trial(trainer: Trainer) -> bool:
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]

@@ -181,7 +181,7 @@ class RecordDataModule(LightningDataModule, ABC):
 
     def train_dataloader(self) -> ResumableLoader:
         """Return the resumable loader of full training batches."""
-        dataset = self.kept_records("train")
+        dataset: Any = self.kept_records("train")
         size, _ = world()
         batch_size = max(1, min(self.batch_size, len(dataset) // size))
         lengths = self._lengths(dataset) if self.length_bucketing else None
@@ -201,7 +201,7 @@ class RecordDataModule(LightningDataModule, ABC):
         return self._evaluation_loader("test" if self.has_split("test") else "val")
 
     def _evaluation_loader(self, split: Split) -> DataLoader[Any]:
-        dataset = self.kept_records(split)
+        dataset: Any = self.kept_records(split)
         size, _ = world()
         if len(dataset) < size:
             raise ValueError(f"split {split!r} has {len(dataset)} records, fewer than the {size} processes")
