@@ -10,6 +10,7 @@ from cvae_lightning.callbacks.nan_guard import NanGuard
 from cvae_lightning.callbacks.partial_gradients import PartialGradients
 from cvae_lightning.callbacks.predictions import PredictionWriter
 from cvae_lightning.callbacks.report import Report
+from cvae_lightning.callbacks.save_at_end import SaveAtEnd
 from cvae_lightning.callbacks.save_at_termination import SaveAtTermination
 from cvae_lightning.callbacks.schedules import WeightSchedule
 from cvae_lightning.callbacks.step_seed import StepSeed
@@ -27,6 +28,7 @@ __all__ = [
     "PartialGradients",
     "PredictionWriter",
     "Report",
+    "SaveAtEnd",
     "SaveAtTermination",
     "StepSeed",
     "StrategyEvaluation",

@@ -88,6 +88,8 @@ class StrategyEvaluation(Callback):
         """[K, K] mean distance between the outputs of two latents."""
         self.scores: dict[str, float] = {}
         """What the last evaluation logged, without the stage."""
+        self.is_fresh = False
+        """Whether the last evaluation is of the validation or test at hand, not of an earlier one."""
         self._validations = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -105,11 +107,14 @@ class StrategyEvaluation(Callback):
         if trainer.state.fn == "fit":
             self._validations += 1
             if self._validations % self.every_n_validations:
+                self.is_fresh = False
                 return
+        self.is_fresh = True
         self._evaluate(trainer, pl_module, "val")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate on the test split."""
+        self.is_fresh = True
         self._evaluate(trainer, pl_module, "test")
 
     def _evaluate(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
@@ -194,7 +199,12 @@ class StrategyEvaluation(Callback):
                 cumulative = torch.cat(parts).float().exp().cumsum(-1).cpu()
                 drawn = (cumulative < uniform[:, None]).sum(-1).clamp_max(module.num_latents - 1).tolist()
         self.samples = self._generate(
-            module, xs, drawn, task, do_sample=True, generator_seed=self.seed + trainer.global_rank
+            module,
+            xs,
+            drawn,
+            task,
+            do_sample=True,
+            generator_seed=self.seed + 1 + trainer.global_rank,  # z has `seed`
         )
         if task is None:
             return

@@ -86,7 +86,12 @@ class LatentPanels(Callback):
         if trainer.sanity_checking:
             return
         evaluation = _evaluation(trainer)
-        if trainer.state.fn == "fit" and evaluation is not None and evaluation.clusters is not None:
+        if (
+            trainer.state.fn == "fit"
+            and evaluation is not None
+            and evaluation.is_fresh
+            and evaluation.clusters is not None
+        ):
             self.centroids = [*self.centroids, evaluation.clusters.centroids.tolist()]
         self._write(trainer, pl_module, "val")
 
@@ -105,7 +110,7 @@ class LatentPanels(Callback):
             return
         step = trainer.global_step
         writer.add_text(f"{stage}/latent/terms", terms_table(pl_module.losses, trainer.callback_metrics, stage), step)
-        if evaluation is None or evaluation.points is None:
+        if evaluation is None or not evaluation.is_fresh or evaluation.points is None:
             return
         names = list(getattr(trainer.datamodule, "strategy_names", None) or [])  # type: ignore[attr-defined]
         points = {key: value[: self.max_points] for key, value in evaluation.points.items()}

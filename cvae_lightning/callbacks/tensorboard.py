@@ -117,6 +117,8 @@ class TensorBoardFigures(Callback):
         if writer is None:
             return
         evaluation = find_evaluation(trainer)
+        if evaluation is not None and not evaluation.is_fresh:
+            evaluation = None
         drawn = self._figures(trainer, pl_module, stage, evaluation)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing")  # texts may hold any character

@@ -66,6 +66,18 @@ def text(events: EventAccumulator, tag: str) -> str:
     return events.Tensors(f"{tag}/text_summary")[-1].tensor_proto.string_val[0].decode()
 
 
+def test_a_validation_without_generations_draws_none(tmp_path):
+    logger = TensorBoardLogger(tmp_path, default_hp_metric=False)
+    evaluation = StrategyEvaluation(every_n_validations=2)
+    trainer = make_trainer(evaluation, TensorBoardFigures(), logger=logger, max_epochs=3)
+    trainer.fit(FigureModule(), FakeData(MirrorTask()))
+    events = read(logger.log_dir)
+    drawn = [event.step for event in events.Images("val/figures/alignment_controlled")]
+    assert len(events.Images("val/figures/latent_usage")) == 3
+    assert drawn == [event.step for event in events.Images("val/figures/latent_usage")][1:2]
+    assert len(events.Tensors("val/generations/controlled/text_summary")) == 1
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Fit two epochs, then test, with everything switched on; return (events, figures callback)."""
