@@ -18,6 +18,7 @@ import yaml
 from cvae_lightning.atomic_write import write_json, write_text
 from cvae_lightning.benchmark.child import end_with_parent
 from cvae_lightning.benchmark.claims import BEAT, Claim
+from cvae_lightning.benchmark.plan import holds_model
 from cvae_lightning.config_merge import read_config
 from cvae_lightning.file_content import content_of, file_contents
 from cvae_lightning.launch import alone, world_size
@@ -72,11 +73,6 @@ def train_entangled_first(recipe: str, config: dict[str, Any]) -> None:
         _train(recipe, path, folder, config, claim)
     finally:
         claim.release()
-
-
-def holds_model(folder: Path) -> bool:
-    """Return whether the folder holds a whole entangled model: its baseline is the last file that is written."""
-    return (folder / "baseline.json").exists()
 
 
 def wait_for_turn(folder: Path) -> Claim | None:

@@ -22,8 +22,7 @@ class CollapseAlarm(Callback):
     Causes for a continuous latent: ``inactive`` (no active dimension). For a discrete one: ``dead`` (latents that the
     posterior hardly uses), ``usage`` (usage perplexity far below K), ``posterior`` (prior KL near zero while no
     aggregate-posterior balance term acts: the posterior ignores y; it is read from a loss named ``kl_prior_loss``, for
-    which weight 0 will do) and ``generator`` (inter-latent JSD near zero:
-    every z writes the same text).
+    which weight 0 will do) and ``generator`` (inter-latent JSD near zero: every z writes the same text).
 
     Args:
         usage_fraction: lowest healthy usage perplexity, as a fraction of K; in (0, 1].

@@ -22,7 +22,7 @@ from cvae_lightning.modules.entangled import measure_baseline
 from cvae_lightning.modules.frozen_baseline import FrozenBaseline
 from cvae_lightning.modules.language_model import rebuild_lm
 from cvae_lightning.modules.lora import LoRA
-from cvae_lightning.modules.silent_parts import averages_gradients, silent_parameters, with_zero_gradients
+from cvae_lightning.modules.silent_parts import SilentParts
 from cvae_lightning.outputs import ContinuousOutputs, DiscreteOutputs, PairBatch
 from cvae_lightning.template import PromptTemplate
 
@@ -84,7 +84,7 @@ class CVAEModule(AdaptedModule, ABC):
         set_dropout(lm, dropout)
         self.adapt(lm, adaptation, lora, keep_frozen)
         self.keep_longest_y()
-        self._silent: list[nn.Parameter] | None = None  # since the last optimizer step
+        self._silent = SilentParts()
 
     # The line of the step: batch -> outputs -> terms -> objective -> log.
 
@@ -92,7 +92,7 @@ class CVAEModule(AdaptedModule, ABC):
         """Return (total, raw terms, outputs) of one batch."""
         outputs = self.compute_outputs(batch, self.required_fields(stage))
         terms = self.loss_terms(outputs)
-        return self._expected_by_ddp(self.objective(terms)), terms, outputs
+        return self._silent.expected_by_ddp(self, self.objective(terms)), terms, outputs
 
     @abstractmethod
     def compute_outputs(self, batch: PairBatch, fields: frozenset[str]) -> Outputs:
@@ -146,20 +146,9 @@ class CVAEModule(AdaptedModule, ABC):
             raise ValueError("every loss has weight 0, so there is nothing to minimise: give at least one a weight")
         return torch.stack(active).sum()
 
-    def _expected_by_ddp(self, total: Tensor) -> Tensor:
-        """Return the total, with gradients of 0 for parts that no active term reads, where DDP waits for gradients."""
-        if not (total.requires_grad and averages_gradients(self)):
-            return total
-        silent = silent_parameters(self, total)
-        before = {id(p) for p in (silent if self._silent is None else self._silent)}
-        self._silent = [p for p in silent if id(p) in before]  # in all batches of the optimizer step
-        return with_zero_gradients(total, silent) if silent else total
-
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Leave parts that nothing reads to no decay and no moments, as in a single process."""
-        for parameter in self._silent or ():
-            parameter.grad = None
-        self._silent = None
+        """Leave parts that nothing reads as they are."""
+        self._silent.drop_gradients()
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Return the objective of a batch and log its raw terms, weights and contributions."""

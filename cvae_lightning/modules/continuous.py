@@ -14,7 +14,7 @@ from cvae_lightning.backbones.branches import BranchMethod, BranchOutput, run_br
 from cvae_lightning.backbones.causal_lm import has_dropout, head_of
 from cvae_lightning.backbones.conditioning import Injection, LatentNorms, LatentPrefix, check_norm_branches
 from cvae_lightning.backbones.posterior import Pooling, PosteriorNetwork
-from cvae_lightning.functional import gaussian_log_prob, gaussian_sample, importance_weighted_evidence, soft_bound
+from cvae_lightning.functional import gaussian_sample, importance_weighted_evidence, soft_bound
 from cvae_lightning.losses import LossCallback
 from cvae_lightning.metrics.continuous import ContinuousMetrics
 from cvae_lightning.modules.base import Outputs
@@ -232,25 +232,6 @@ class ContinuousCVAE(GaussianUse):
             log_evidence=log_evidence,
             log_evidence_error=log_evidence_error,
         )
-
-    @staticmethod
-    def log_ratio(
-        z: Tensor,
-        p: tuple[Tensor, Tensor],
-        q: tuple[Tensor, Tensor],
-        own: int,
-        proposed: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """Return log p(z|x) - log r(z), [B, S], for samples of which ``own`` come from q and the others from p.
-
-        The proposal r is the mixture of q and p in these shares, and is held fixed. So the ratio is bounded, and its
-        mean has a small variance even where q misses a mode (Hesterberg 1995, defensive mixtures; Veach & Guibas 1995,
-        the balance heuristic). Where dropout gives p anew in every pass, ``proposed`` is the p of the others' pass.
-        """
-        log_p, log_q = (gaussian_log_prob(z, mean[:, None], logvar[:, None]) for mean, logvar in (p, q))
-        log_other = log_p if proposed is None else gaussian_log_prob(z, *(part[:, None] for part in proposed))
-        share = own / z.shape[1]
-        return log_p - torch.logaddexp(log_q + math.log(share), log_other + math.log1p(-share)).detach()
 
     def required_fields(self, stage: str) -> frozenset[str]:
         """Return the optional output fields to compute; at evaluation the importance-weighted evidence too."""

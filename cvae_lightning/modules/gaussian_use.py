@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -14,7 +15,7 @@ from cvae_lightning.backbones.branches import BranchOutput
 from cvae_lightning.backbones.causal_lm import evaluating
 from cvae_lightning.backbones.conditioning import LatentNorms, LatentPrefix
 from cvae_lightning.backbones.generation import expansion
-from cvae_lightning.functional import gaussian_sample, importance_weighted_evidence
+from cvae_lightning.functional import gaussian_log_prob, gaussian_sample, importance_weighted_evidence
 from cvae_lightning.modules.text_use import TextUse, check_texts, latent_source, rounded
 from cvae_lightning.outputs import PairBatch
 from cvae_lightning.template import Text
@@ -53,7 +54,6 @@ class GaussianUse(TextUse):
         """Return -log p(y_t|x,z_s,y_<t), [B, S, T], and the inter-latent JSD, [B, T], if asked for."""
 
     @staticmethod
-    @abstractmethod
     def log_ratio(
         z: Tensor,
         p: tuple[Tensor, Tensor],
@@ -61,7 +61,16 @@ class GaussianUse(TextUse):
         own: int,
         proposed: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Return log p(z|x) - log r(z), [B, S], for samples of which ``own`` come from q and the others from p."""
+        """Return log p(z|x) - log r(z), [B, S], for samples of which ``own`` come from q and the others from p.
+
+        The proposal r is the mixture of q and p in these shares, and is held fixed. So the ratio is bounded, and its
+        mean has a small variance even where q misses a mode (Hesterberg 1995, defensive mixtures; Veach & Guibas 1995,
+        the balance heuristic). Where dropout gives p anew in every pass, ``proposed`` is the p of the others' pass.
+        """
+        log_p, log_q = (gaussian_log_prob(z, mean[:, None], logvar[:, None]) for mean, logvar in (p, q))
+        log_other = log_p if proposed is None else gaussian_log_prob(z, *(part[:, None] for part in proposed))
+        share = own / z.shape[1]
+        return log_p - torch.logaddexp(log_q + math.log(share), log_other + math.log1p(-share)).detach()
 
     @torch.no_grad()
     def route(self, x: Sequence[Text], batch_size: int = 256) -> tuple[Tensor, Tensor]:

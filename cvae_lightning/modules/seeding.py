@@ -238,8 +238,7 @@ class LatentSeeding(HasSpec):
     def teach(self, module: SharedDiscreteCVAE, solutions: Sequence[Record], targets: Tensor) -> None:
         """Fit the posterior network to the clusters' shares of the solutions, [N, K], by cross-entropy.
 
-        The learning rate falls to zero: what the network still has wrong in the end, the exact posterior takes for the
-        meaning of the latents there, and spreads to inputs like it.
+        The learning rate falls to zero: at the edges of the inputs the network stays wrong with one that does not.
         """
         parameters = [p for p in module.posterior_network.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=module.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)

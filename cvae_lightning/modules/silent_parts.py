@@ -13,6 +13,28 @@ from torch.autograd.graph import Node
 from cvae_lightning.modules.sharding import is_sharded
 
 
+class SilentParts:
+    """What no active term of an objective reads, between two optimizer steps."""
+
+    def __init__(self) -> None:
+        self._parameters: list[nn.Parameter] | None = None
+
+    def expected_by_ddp(self, module: nn.Module, total: Tensor) -> Tensor:
+        """Return the total, with gradients of 0 for silent parts of the module where DDP waits for gradients."""
+        if not (total.requires_grad and averages_gradients(module)):
+            return total
+        silent = silent_parameters(module, total)
+        before = {id(p) for p in (silent if self._parameters is None else self._parameters)}
+        self._parameters = [p for p in silent if id(p) in before]  # in all batches of the optimizer step
+        return with_zero_gradients(total, silent) if silent else total
+
+    def drop_gradients(self) -> None:
+        """Leave silent parts to no decay and no moments, as in a single process; call before an optimizer step."""
+        for parameter in self._parameters or ():
+            parameter.grad = None
+        self._parameters = None
+
+
 def averages_gradients(module: nn.Module) -> bool:
     """Whether several processes each hold the whole module, so that DDP averages their gradients."""
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
