@@ -7,20 +7,15 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from cvae_lightning.backbones.adaptation import Adaptation
-from cvae_lightning.backbones.artifact import Baseline, check_c_base
 from cvae_lightning.backbones.branch_inputs import padded_left
-from cvae_lightning.backbones.causal_lm import load_causal_lm, load_tokenizer, set_dropout
+from cvae_lightning.backbones.causal_lm import set_dropout
 from cvae_lightning.functional import global_batch_mean, local_batch, masked_token_mean
 from cvae_lightning.losses import LossCallback
 from cvae_lightning.metrics import LossContribution
-from cvae_lightning.modules.adapted import AdaptedModule
-from cvae_lightning.modules.entangled import measure_baseline
-from cvae_lightning.modules.frozen_baseline import FrozenBaseline
-from cvae_lightning.modules.language_model import rebuild_lm
+from cvae_lightning.modules.compared import ComparedModule
 from cvae_lightning.modules.lora import LoRA
 from cvae_lightning.modules.silent_parts import SilentParts
 from cvae_lightning.outputs import ContinuousOutputs, DiscreteOutputs, PairBatch
@@ -29,7 +24,7 @@ from cvae_lightning.template import PromptTemplate
 Outputs = DiscreteOutputs | ContinuousOutputs
 
 
-class CVAEModule(AdaptedModule, ABC):
+class CVAEModule(ComparedModule, ABC):
     """Router, generator and posterior around an entangled model, with pluggable losses.
 
     Subclasses say what the latent is; a user's subclass overrides one stage of :meth:`compute_outputs`, or
@@ -60,27 +55,10 @@ class CVAEModule(AdaptedModule, ABC):
         super().__init__(learning_rate, warmup_steps, final_learning_rate_fraction, weight_decay)
         self.losses = _loss_dict(losses)
         self.contributions = LossContribution(list(self.losses))
-        self.baseline_policy = baseline
-        self.entangled = entangled
-        if isinstance(entangled, str):
-            lm, tokenizer, self.artifact = (
-                load_causal_lm(entangled),
-                load_tokenizer(entangled),
-                Baseline.load(entangled),
-            )
-        else:
-            (lm, tokenizer), self.artifact = rebuild_lm(entangled), None
+        lm, tokenizer = self.take_entangled(entangled, c_base, baseline, baseline_cache)
         self.template = PromptTemplate(
             tokenizer, num_latent_tokens, max_length, on_overflow, padding_side, prefix_length
         )
-        self.c_base: float | None = None
-        if isinstance(c_base, str):
-            if c_base != "auto":
-                raise ValueError(f"c_base must be 'auto' or a positive number of nats per token, got {c_base!r}")
-            self.c_base = self.artifact.c_base if self.artifact else None
-        else:
-            self.c_base = check_c_base(c_base, "model.c_base")
-        self.frozen_baseline = FrozenBaseline(baseline_cache, lm if isinstance(entangled, str) else None)
         set_dropout(lm, dropout)
         self.adapt(lm, adaptation, lora, keep_frozen)
         self.keep_longest_y()
@@ -229,91 +207,6 @@ class CVAEModule(AdaptedModule, ABC):
         result |= self._prefixed("loss_contrib/fraction_abs/", self.contributions.compute())
         self.contributions.reset()
         self.log_dict(self._prefixed(prefix, {k: v.float() for k, v in result.items()}), sync_dist=True)
-
-    # The entangled model.
-
-    @property
-    def has_reference(self) -> bool:
-        """Whether the frozen entangled model is at hand (it is not after loading a checkpoint on its own)."""
-        return bool(self._reference) or isinstance(self.entangled, str)
-
-    def reference(self) -> Any:
-        """Return the frozen entangled model: loaded when it is first needed, or what has been adapted, as it was."""
-        if not self._reference:
-            if not isinstance(self.entangled, str):
-                raise ValueError(
-                    "a loss needs the entangled model's NLL, but this module was restored from a checkpoint alone: "
-                    "give model.entangled as a folder or hub name"
-                )
-            lm = load_causal_lm(self.entangled).eval().requires_grad_(False)
-            self._add_marker_rows(lm)
-            self._reference.append(lm)
-        if self._frozen or self._reference[0].device != self.device:  # shared weights move by themselves, buffers not
-            self._reference[0].to(self.device)
-        return self._reference[0]
-
-    @torch.no_grad()
-    def baseline_nll(self, batch: PairBatch) -> Tensor:
-        """Return b_t = -log p_ref(y_t|x,y_<t), [B, T]: of the frozen entangled model, or of the backbone without z."""
-        if self.baseline_policy == "dynamic" and self.training:
-            return self.free_token_nll(self.lm, batch)
-        cache = self.frozen_baseline.cache(self)
-        if cache is None:
-            return self.free_token_nll(self.reference(), batch)
-        return cache.rows(batch.index, batch.y_mask, lambda: self.free_token_nll(self.reference(), batch))
-
-    def on_train_epoch_end(self) -> None:
-        """Let go of the entangled model once its costs are known."""
-        self.frozen_baseline.fill(self)
-        self._release_reference()
-
-    def on_validation_end(self) -> None:
-        """Let go of the entangled model once its costs are known."""
-        self._release_reference()
-
-    def _release_reference(self) -> None:
-        if self._reference and not self._frozen and self.frozen_baseline.done(self):
-            self._reference.clear()
-
-    def setup(self, stage: str) -> None:
-        """Compare the artifact with the data it is now used on."""
-        self.frozen_baseline.caches.clear()
-        data = getattr(self.trainer, "datamodule", None)
-        if self.artifact and data is not None and hasattr(data, "fingerprint"):
-            found = {"data": data.fingerprint("val"), "template": self.template.fingerprint()}
-            for what, now in found.items():
-                if getattr(self.artifact, what) != now:
-                    rank_zero_warn(
-                        f"c_base was measured with {what} fingerprint {getattr(self.artifact, what)} "
-                        f"({self.entangled}/baseline.json), this run has {now}: rho_recon compares unlike things. "
-                        "Measure it on this data, with the config that the entangled model was trained by, "
-                        f"`cvae-lightning validate --config ENTANGLED --model.init_args.model {self.entangled} "
-                        "--model.init_args.config null`, or set model.c_base"
-                    )
-
-    def on_fit_start(self) -> None:
-        """Measure c_base where the artifact holds none."""
-        self.ensure_c_base()
-
-    def on_validation_start(self) -> None:
-        """Measure c_base where the artifact holds none."""
-        self.ensure_c_base()
-
-    def on_test_start(self) -> None:
-        """Measure c_base where the artifact holds none."""
-        self.ensure_c_base()
-
-    def ensure_c_base(self) -> None:
-        """Measure c_base on the validation split if it was neither given nor found in the artifact."""
-        if self.c_base is None and self.has_reference:
-            loader = self.trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
-            self.c_base = measure_baseline(self, self.reference(), loader)[0]
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make the checkpoint self-contained: config, tokenizer and c_base among the hyperparameters."""
-        super().on_save_checkpoint(checkpoint)
-        if self.c_base is not None:
-            checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["c_base"] = self.c_base
 
     # Small things.
 

@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import RunningStage
 from cvae_lightning.backbones.baseline_cache import BaselineCache, model_fingerprint
 
 if TYPE_CHECKING:
-    from cvae_lightning.modules.base import CVAEModule
+    from cvae_lightning.modules.compared import ComparedModule
 
 SPLITS = {
     RunningStage.TRAINING: "train",
@@ -37,7 +37,7 @@ class FrozenBaseline:
         self.caches: dict[str, BaselineCache | None] = {}
         self._computed = 0
 
-    def cache(self, module: CVAEModule) -> BaselineCache | None:
+    def cache(self, module: ComparedModule) -> BaselineCache | None:
         """Return the cache of the split that the trainer is at; None where records have no lasting index."""
         trainer: Any = module._trainer
         split = None if trainer is None else SPLITS.get(trainer.state.stage)
@@ -50,7 +50,7 @@ class FrozenBaseline:
             self.caches[split] = self._open(module, data, split) if indexed and writes else None
         return self.caches[split]
 
-    def _open(self, module: CVAEModule, data: Any, split: str) -> BaselineCache:
+    def _open(self, module: ComparedModule, data: Any, split: str) -> BaselineCache:
         trainer: Any = module.trainer
         parts = (self.model, module.template.fingerprint(), data.fingerprint(split), trainer.precision)
         fingerprint = hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
@@ -58,7 +58,7 @@ class FrozenBaseline:
         folder, size = root / f"{split}-{fingerprint}", len(data.records(split))
         return BaselineCache(folder, fingerprint, size, trainer.global_rank)
 
-    def fill(self, module: CVAEModule) -> None:
+    def fill(self, module: ComparedModule) -> None:
         """Compute the training records that the epoch's full batches have left out, each rank its share."""
         cache = self.caches.get("train")
         if cache is None:
@@ -78,7 +78,7 @@ class FrozenBaseline:
         trainer.strategy.barrier("every rank has written its share")
         cache.refresh()
 
-    def done(self, module: CVAEModule) -> bool:
+    def done(self, module: ComparedModule) -> bool:
         """Return whether all splits in use are cached, or nothing was computed since the last call."""
         trainer: Any = module.trainer
         loaders = {"train": trainer.train_dataloader, "val": trainer.val_dataloaders, "test": trainer.test_dataloaders}

@@ -11,8 +11,7 @@ from cvae_lightning.data import SyntheticDataModule
 from cvae_lightning.data.tasks import MultidigitAddition
 from cvae_lightning.functional import latent_head
 from cvae_lightning.losses import ReconstructionLoss, TokenWeightedReconstructionLoss
-from cvae_lightning.modules import SharedDiscreteCVAE
-from cvae_lightning.modules import base as module_base
+from cvae_lightning.modules import SharedDiscreteCVAE, compared
 from cvae_lightning.template import PromptTemplate
 
 
@@ -65,7 +64,7 @@ def test_the_entangled_model_is_run_once_per_record_and_then_gone(artifact, tmp_
     # a second run finds everything, and does not even load the model
     losses, folder = {"weighted": TokenWeightedReconstructionLoss()}, str(tmp_path / "baseline_cache")
     again = Counted(artifact, losses, num_latents=2, baseline_cache=folder)
-    monkeypatch.setattr(module_base, "load_causal_lm", None)
+    monkeypatch.setattr(compared, "load_causal_lm", None)
     fit(artifact, tmp_path, module=again)
     assert not hasattr(again, "runs")
 
