@@ -112,7 +112,7 @@ def generate_ids(
         [N, at most max_new_tokens] new token ids; [N * K, ...] with branches, those of a prompt in a row; and
         ``num_return_sequences`` rows in a row for each of these.
     """
-    from transformers import DynamicCache
+    from cvae_lightning.backbones.kv_cache import generation_cache
 
     if options:
         if branches is not None:
@@ -124,7 +124,7 @@ def generate_ids(
             options["temperature"] = temperature
         return _generate_by_transformers(lm, ids, mask, end_id, generator, banned, tokenizer, options)
     decoder, head = decoder_of(lm), head_of(lm)
-    cache: Any = DynamicCache(config=lm.config) if takes_cache(decoder) else None
+    cache: Any = generation_cache(lm.config, max_new_tokens) if takes_cache(decoder) else None
     remembering = {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
     sharing = cache is not None and attends_only(lm)
     mask = mask.long()

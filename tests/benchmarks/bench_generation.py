@@ -50,7 +50,7 @@ def main() -> None:
     given = options(__doc__ or "")
     width, layers, vocab = (64, 2, 2000) if given.quick else (256, 4, 8192)
     figures = []
-    for prefix, latents, gated in ((32, 4, True), (128, 4, True), (256, 8, True)):
+    for prefix, latents, gated in ((32, 4, True), (128, 4, True), (256, 8, True), (1024, 8, False)):
         with tempfile.TemporaryDirectory() as folder:
             module = build(SharedDiscreteCVAE, artifact(folder, "gpt2", width, layers, vocab), latents).eval()
         end_sooner_or_later(module)
