@@ -39,7 +39,8 @@ class LatentSeeding(HasSpec):
        keeps what differs between solutions of one input and loses the input itself. A strategy shifts it in the same
        direction for every x.
     3. They are divided into K clusters, by k-means refined by linear discriminants: those that tell most, and most
-       simply, about y given x. The posterior network learns (x, y) -> cluster in ``posterior_steps``.
+       simply, about y given x. Where fewer clusters tell as much, they are the ways of solving, and the K are parts of
+       them. The posterior network learns (x, y) -> cluster in ``posterior_steps``.
     4. In the first ``hold_steps`` training steps the objective is weighed by that posterior, fading into the module's
        own over the second half of them; from then on the seeds play no part.
 
@@ -52,9 +53,9 @@ class LatentSeeding(HasSpec):
         posterior_steps: optimizer steps of 64 solutions for the posterior network.
         hold_steps: training steps over which the seeds fade. Too few, and the exact posterior takes over where two
             latents write the same yet: it then swaps them for some kinds of inputs.
-        leave_open: teach the posterior network that two ways of solving an input which share a cluster, while another
-            cluster has none, may be of either. Else it learns the clusters as they are, and training may never separate
-            the two.
+        leave_open: teach the posterior network that two solutions of an input which are taken for one way of solving,
+            while another way has none, may be of either. Else it learns the clusters as they are, and training may
+            never separate the two.
         seed: of sampling and clustering; null = the run's own (``seed_everything``).
 
     Raises:
@@ -162,13 +163,15 @@ class LatentSeeding(HasSpec):
             return None
         self.clusters, self.points = found.labels, found.points
         shown = ", ".join(map(str, torch.bincount(self.clusters, minlength=module.num_latents).tolist()))
+        number = int(found.ways.max()) + 1
+        fewer = f", parts of {number} ways of solving," if number < module.num_latents else ""
         rank_zero_info(
-            f"seeding: {len(solutions)} solutions in clusters of {shown} by {found.view}; "
+            f"seeding: {len(solutions)} solutions in clusters of {shown}{fewer} by {found.view}; "
             f"they tell {found.information:.3f} nats about y given x"
         )
         shares = nn.functional.one_hot(self.clusters, module.num_latents).float()
         if self.leave_open:
-            shares = spread(shares, [solution.y for solution in solutions], self.num_solutions)
+            shares = spread(shares, [solution.y for solution in solutions], self.num_solutions, found.ways)
         self.teach(module, solutions, shares)
         return shares.sum(0).round().long()
 

@@ -33,16 +33,24 @@ PLACES = 8
 """Tokens from either end of x by which inputs are grouped."""
 ALIKE = 0.1
 """Nats that one division may leave open of another that it repeats."""
+FEWER = 0.95
+"""Share of what a division tells that one into fewer clusters has to tell to take its place."""
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """A division of solutions: labels [N], points [N, 2] to draw, what it tells in nats, and the view that showed it.
+    """A division of solutions into K clusters, and of the clusters into ways of solving.
 
-    What it tells: I(z; y|x) less the code length of z (see :func:`cluster`).
+    Args:
+        labels: the cluster of every solution, [N].
+        ways: the way of solving of every cluster, [K]: 0 to K - 1 in order, or fewer, of which some have more clusters.
+        points: to draw, [N, 2].
+        information: what it tells in nats: I(z; y|x) less the code length of z (see :func:`cluster`).
+        view: the view that showed it.
     """
 
     labels: Tensor
+    ways: Tensor
     points: Tensor
     information: float
     view: str
@@ -76,6 +84,9 @@ def cluster(
     of solving for some of the inputs. A way of solving shows in every view, as noise does not: the code lengths in the
     views count by their geometric mean. And it is the same one for unlike inputs: it is the code length of the worst
     environment that counts, where each group of inputs is judged by all others (see :func:`code_length`).
+
+    K may be larger than the number of ways of solving. Clusters are merged as long as hardly anything is lost that way
+    (see :func:`fewer`); what is left are the ways, and the largest are divided again until there are K clusters.
 
     Args:
         views: [N * M, F] each, M solutions of an input in a row; the last one is all of them together.
@@ -112,22 +123,70 @@ def cluster(
         if not repeats(labels, [other for _, _, other in found]):
             found.append((information(labels, group) - in_all_views(folds[0], labels, count), view, labels))
     found.sort(key=lambda division: -division[0])
-    best: Clusters | None = None
-    for _, view, labels in found[:SHORTLIST]:
-        value = information(labels, group) - max(in_all_views(fold, labels, count) for fold in folds)
-        if best is None or value > best.information:
-            drawn = torch.from_numpy(components[view][:, :2]).float()
-            best = Clusters(torch.from_numpy(labels), drawn, value, view)
-    return best
+    judged = [(tells(folds, labels, count, group), view, labels) for _, view, labels in found[:SHORTLIST]]
+    value, view, labels = max(judged, key=lambda division: division[0])
+    few = fewer(folds, labels, count, group)
+    labels, ways = (labels, np.arange(count)) if few is None else divide(components[view], few, count, seed)
+    drawn = torch.from_numpy(components[view][:, :2]).float()
+    return Clusters(torch.from_numpy(labels), torch.from_numpy(ways), drawn, value, view)
 
 
-def spread(shares: Tensor, solutions: Sequence[str], group: int) -> Tensor:
-    """Return shares of the clusters that are undecided where different solutions of an input share a cluster.
+def tells(folds: Sequence[Sequence[Folds]], labels: Labels, count: int, group: int) -> float:
+    """Return I(z; y|x) less the code length of z in the worst environment, in nats.
 
-    An input that is solved in at most K ways has room for each of them. Where two of its ways are in one cluster and
-    another cluster has no way, the points do not tell which belongs to which: the solutions of the shared cluster are
-    put to it and to those without a way in equal parts. A solution that was drawn once may be an accident: it is none.
-    Where solutions hardly repeat, as longer texts do, nothing is spread.
+    Args:
+        folds: of all views, in each environment.
+        labels: 0 to K - 1, or fewer, [N * M].
+        count: K.
+        group: M.
+    """
+    return information(labels, group) - max(in_all_views(fold, labels, count) for fold in folds)
+
+
+def fewer(folds: Sequence[Sequence[Folds]], labels: Labels, count: int, group: int) -> Labels | None:
+    """Return the division into the fewest clusters that tells nearly as much, or None where that is this one.
+
+    Two clusters of one way of solving do not meet in one input: apart they tell no more than together, and take a
+    longer code. Merging two ways takes away much of what is told.
+    """
+    best, found = tells(folds, labels, count, group), None
+    merged = labels
+    for number in range(count - 1, 1, -1):
+        merged = merge(merged, number, group)
+        refined = refine(folds[0][-1], merged, number)
+        value, division = max(
+            ((tells(folds, some, count, group), some) for some in (merged, refined)), key=lambda pair: pair[0]
+        )
+        if value < FEWER * best:
+            break
+        best, found = max(best, value), division
+    return found
+
+
+def divide(points: Floats, labels: Labels, count: int, seed: int) -> tuple[Labels, Labels]:
+    """Return ``labels`` with the largest clusters divided in two until there are K, and the former label of each."""
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
+    labels, ways = labels.copy(), list(range(int(labels.max()) + 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # points that are all alike leave the other half empty
+        while len(ways) < count:
+            largest = int(np.bincount(labels).argmax())
+            rows = np.flatnonzero(labels == largest)
+            half = KMeans(2, n_init=1, random_state=seed % 2**32).fit(points[rows, : 4 * count]).labels_ == 1
+            labels[rows[half]] = len(ways)
+            ways.append(ways[largest])
+    return labels, np.array(ways)
+
+
+def spread(shares: Tensor, solutions: Sequence[str], group: int, ways: Tensor) -> Tensor:
+    """Return shares of the clusters that are undecided where different solutions of an input are taken for one way.
+
+    An input with at most as many solutions as there are ways of solving has a way for each of them. Where two of them
+    are put to one way and another way has none, the points do not tell which belongs to which: the solutions of that
+    way are put to its clusters and to those of the ways without any in equal parts. A solution that was drawn once may
+    be an accident, and does not count. Where solutions hardly repeat, as longer texts do, nothing is spread.
 
     Shape:
         shares: [N * M, K] -> [N * M, K] fp32.
@@ -136,20 +195,19 @@ def spread(shares: Tensor, solutions: Sequence[str], group: int) -> Tensor:
         shares: one for the cluster of a solution, else zero; M solutions of an input in a row.
         solutions: their texts.
         group: M.
+        ways: the way of every cluster, [K].
     """
-    shares, labels, count = shares.clone(), shares.argmax(-1), shares.shape[1]
+    shares, labels, count = shares.clone(), ways[shares.argmax(-1)], int(ways.max()) + 1
     for start in range(0, len(labels), group):
         rows = labels[start : start + group]
         drawn = Counter(zip(solutions[start : start + group], rows.tolist(), strict=True))
-        ways = Counter(label for (_, label), times in drawn.items() if times > 1)
-        empty = [label for label in range(count) if label not in ways]
-        if ways.total() > count or not empty:
+        found = Counter(way for (_, way), times in drawn.items() if times > 1)
+        empty = [way for way in range(count) if way not in found]
+        if found.total() > count or not empty:
             continue
-        for label in (label for label, number in ways.items() if number > 1):
-            among = [label, *empty]
-            undecided = torch.zeros(count)
-            undecided[among] = 1 / len(among)
-            shares[start : start + group][rows == label] = undecided
+        for way in (way for way, number in found.items() if number > 1):
+            among = torch.isin(ways, torch.tensor([way, *empty])).float()
+            shares[start : start + group][rows == way] = among / among.sum()
     return shares
 
 
@@ -291,9 +349,10 @@ def code_length(folds: Folds, labels: Labels, count: int) -> float:
     Source: after Voita & Titov 2020, arXiv 2003.12298 (description length as the measure of a probe), and Peters et al.
     2016, arXiv 1501.01332 (invariance across environments).
     """
+    number = int(labels.max()) + 1  # K, or fewer
     lengths = []
     for size in (3 * count // 2, 3 * count, 6 * count):
-        log_probs = folds.log_probs(labels, count, size)
+        log_probs = folds.log_probs(labels, number, size)
         if log_probs is None:
             return float(np.log(count))
         right = np.exp(log_probs[np.arange(len(labels)), labels])

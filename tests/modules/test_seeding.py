@@ -28,6 +28,7 @@ from cvae_lightning.modules.solution_clusters import (
     cluster,
     code_length,
     combine,
+    divide,
     environments_of,
     information,
     merge,
@@ -251,7 +252,28 @@ def test_refining_mends_single_labels_and_leaves_too_few_alone():
     assert np.array_equal(refine(folds, noisy.numpy(), K), truth.numpy())
     few = np.where(np.arange(len(truth)) == 0, 1, 0)
     assert np.array_equal(refine(folds, few, K), few)
-    assert code_length(folds, np.zeros(len(truth), dtype=int), K) == pytest.approx(math.log(K))
+    assert code_length(folds, few, K) == pytest.approx(math.log(K))  # the other fold does not know the 1
+    assert code_length(folds, 0 * few, K) == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize("count", [K, K + 1, 2 * K])
+def test_more_clusters_than_ways_are_parts_of_ways(count):
+    """A way looks different from one input to another, but in each of them it is one."""
+    _, truth = planted(inputs=64)
+    looks = 5 * torch.eye(8)[:K] + torch.randn(64, K, 8)
+    features = looks[torch.arange(64).repeat_interleave(9), truth][:, None]
+    found = cluster({"hidden": small(num_solutions=9).centre(features)}, count, 9, seed=0)
+    assert found.labels.unique().tolist() == list(range(count))
+    assert found.ways.unique().tolist() == list(range(K))
+    assert found.ways[:K].tolist() == list(range(K))
+    assert adjusted_mutual_info_score(truth, found.ways[found.labels]) > 0.95
+
+
+def test_alike_points_leave_the_other_half_empty():
+    points = np.repeat(np.eye(2), [5, 3], axis=0)
+    labels, ways = divide(points, np.repeat([0, 1], [5, 3]), 3, seed=0)
+    assert labels.tolist() == [0] * 5 + [1] * 3
+    assert ways.tolist() == [0, 1, 0]
 
 
 def test_clusters_are_those_of_the_seed():
@@ -288,7 +310,7 @@ def test_fewer_different_points_than_clusters_are_none(kinds, count, enough):
 )
 def test_ways_that_share_a_cluster_are_left_undecided_while_another_has_none(solutions, labels, undecided):
     shares = torch.nn.functional.one_hot(torch.tensor(labels), 4).float()
-    found = solution_clusters.spread(shares, list(solutions), len(labels))
+    found = solution_clusters.spread(shares, list(solutions), len(labels), torch.arange(4))
     assert shares.max(-1).values.tolist() == [1.0] * len(labels)
     for row, label in zip(found, labels, strict=True):
         among = undecided.get(label, [label])
@@ -299,10 +321,21 @@ def test_ways_that_share_a_cluster_are_left_undecided_while_another_has_none(sol
 def test_inputs_are_left_undecided_one_by_one():
     decided, shared = [0, 0, 1, 1], [2, 2, 2, 2]
     shares = torch.nn.functional.one_hot(torch.tensor(decided + shared), 3).float()
-    found = solution_clusters.spread(shares, [*"aabb", *"aabb"], 4)
+    found = solution_clusters.spread(shares, [*"aabb", *"aabb"], 4, torch.arange(3))
     assert found[:4].argmax(-1).tolist() == decided
     assert found[:4].max(-1).values.tolist() == [1.0] * 4
     torch.testing.assert_close(found[4:], torch.full((4, 3), 1 / 3))
+
+
+def test_ways_of_several_clusters_are_left_undecided_as_one():
+    """Clusters 0 and 3 are one way, 1 and 4 another, 2 and 5 the third; two solutions are taken for the first."""
+    ways = torch.tensor([0, 1, 2, 0, 1, 2])
+    shares = torch.nn.functional.one_hot(torch.tensor([0, 0, 3, 3, 4, 4]), 6).float()
+    found = solution_clusters.spread(shares, list("aabbcc"), 6, ways)
+    assert found[:4].tolist() == [[0.25, 0, 0.25, 0.25, 0, 0.25]] * 4
+    assert torch.equal(found[4:], shares[4:])
+    alone = solution_clusters.spread(shares, list("aaaacc"), 6, ways)
+    assert torch.equal(alone, shares)  # one solution in two clusters of one way
 
 
 # Solutions.
@@ -412,7 +445,7 @@ def test_what_shares_a_cluster_is_left_open_if_asked_for(artifact, monkeypatch):
     taught = []
     monkeypatch.setattr(LatentSeeding, "teach", lambda seeding, model, solutions, targets: taught.append(targets))
     half = torch.full((K,), 1 / K)
-    monkeypatch.setattr(module_of_seeding, "spread", lambda shares, texts, group: half.expand_as(shares))
+    monkeypatch.setattr(module_of_seeding, "spread", lambda shares, *rest: half.expand_as(shares))
     for leave_open in (False, True):
         model = build(artifact, small(leave_open=leave_open))
         assert start(model)
