@@ -86,7 +86,8 @@ def cluster(
     environment that counts, where each group of inputs is judged by all others (see :func:`code_length`).
 
     K may be larger than the number of ways of solving. Clusters are merged as long as hardly anything is lost that way
-    (see :func:`fewer`); what is left are the ways, and the largest are divided again until there are K clusters.
+    (see :func:`fewer`); so many ways there are. Those that are left, or the best division into so many clusters where
+    that tells more, are divided again, the largest first, until there are K clusters.
 
     Args:
         views: [N * M, F] each, M solutions of an input in a row; the last one is all of them together.
@@ -102,17 +103,47 @@ def cluster(
     components = {name: points for name, view in views.items() if (points := principal(view, count)) is not None}
     if not components:
         return None
+    size = len(next(iter(components.values()))) // group
+    folds = [
+        [Folds(points, np.repeat(groups, group)) for points in components.values()]
+        for groups in environments or [np.arange(size) % GROUPS]
+    ]
+    value, view, labels = search(components, folds, count, group, seed, bar)
+    ways = np.arange(count)
+    if (few := fewer(folds, labels, count, group)) is not None:
+        _, other, direct = search(components, folds, int(few.max()) + 1, group, seed, bar)
+        if tells(folds, direct, count, group) > tells(folds, few, count, group):
+            view, few = other, direct
+        value = tells(folds, few, count, group)
+        labels, ways = divide(components[view], few, count, seed)
+    drawn = torch.from_numpy(components[view][:, :2]).float()
+    return Clusters(torch.from_numpy(labels), torch.from_numpy(ways), drawn, value, view)
+
+
+def search(
+    components: Mapping[str, Floats],
+    folds: Sequence[Sequence[Folds]],
+    count: int,
+    group: int,
+    seed: int,
+    bar: bool,
+) -> tuple[float, str, Labels]:
+    """Return the best division into K clusters: what it tells, the view that showed it, and its labels (see `cluster`).
+
+    Args:
+        components: principal components of the views.
+        folds: of all views, in each environment.
+        count: K.
+        group: M.
+        seed: of k-means.
+        bar: whether progress bars show the time left.
+    """
     divisions = [
         (information(labels, group), name, labels)
         for name, points in components.items()
         for labels in k_means(points, count, group, seed, name, bar)
     ]
     divisions.sort(key=lambda division: -division[0])
-    size = len(next(iter(components.values()))) // group
-    folds = [
-        [Folds(points, np.repeat(groups, group)) for points in components.values()]
-        for groups in environments or [np.arange(size) % GROUPS]
-    ]
     tried: list[Labels] = []
     found: list[tuple[float, str, Labels]] = []
     for _, view, start in progress(divisions[:REFINED], "seeding: clusters, refined", bar):
@@ -124,11 +155,7 @@ def cluster(
             found.append((information(labels, group) - in_all_views(folds[0], labels, count), view, labels))
     found.sort(key=lambda division: -division[0])
     judged = [(tells(folds, labels, count, group), view, labels) for _, view, labels in found[:SHORTLIST]]
-    value, view, labels = max(judged, key=lambda division: division[0])
-    few = fewer(folds, labels, count, group)
-    labels, ways = (labels, np.arange(count)) if few is None else divide(components[view], few, count, seed)
-    drawn = torch.from_numpy(components[view][:, :2]).float()
-    return Clusters(torch.from_numpy(labels), torch.from_numpy(ways), drawn, value, view)
+    return max(judged, key=lambda division: division[0])
 
 
 def tells(folds: Sequence[Sequence[Folds]], labels: Labels, count: int, group: int) -> float:
