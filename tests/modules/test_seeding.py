@@ -23,17 +23,8 @@ from cvae_lightning.functional import exact_posterior
 from cvae_lightning.losses import AggregatePosteriorBalanceLoss, FreeEnergyLoss, PosteriorDistillationLoss
 from cvae_lightning.modules import seeding as module_of_seeding
 from cvae_lightning.modules import solution_clusters
-from cvae_lightning.modules.solution_clusters import (
-    Folds,
-    cluster,
-    code_length,
-    combine,
-    divide,
-    environments_of,
-    information,
-    merge,
-    refine,
-)
+from cvae_lightning.modules.solution_clusters import cluster, combine, divide, environments_of
+from cvae_lightning.modules.solution_divisions import Folds, code_length, information, merge, refine
 from cvae_lightning.outputs import Record
 from cvae_lightning.template import PromptTemplate
 
