@@ -8,7 +8,7 @@ from torch import Tensor
 from cvae_lightning.functional.chunked_head import ChunkedHead, HeadSettings
 from cvae_lightning.functional.divergences import jensen_shannon_divergence
 from cvae_lightning.functional.liger_head import liger_head, liger_wanted
-from cvae_lightning.functional.precision import at_least_float32, without_autocast
+from cvae_lightning.functional.precision import at_least_float32, without_autocast, without_negligible_gradients
 
 COMPILE_VARIABLE = "CVAE_LIGHTNING_COMPILE_HEAD"
 
@@ -32,7 +32,7 @@ def latent_token_stats(
     softcap tanh((W h + b) scale / softcap). Where the logits of all positions would not fit into the budget, they are
     made in pieces and again in the backward pass, so memory does not grow with K, T or V. Differentiable once, with
     respect to `hidden`, `lm_head_weight` and `bias`. Under autocast the products are in its dtype; statistics are
-    accumulated in at least fp32.
+    accumulated in at least fp32. Gradients of token_nll below 1e-12 of the largest are taken for 0.
 
     Args:
         hidden: final hidden states at the positions that predict the targets.
@@ -94,7 +94,7 @@ def latent_token_stats(
     token_nll[:, b, t] = nll.where(keep, 0)
     if jsd is not None:
         jsd = jsd.new_zeros(batch, length).index_put((b, t), jsd.where(keep, 0))
-    return token_nll.transpose(0, 1), jsd
+    return without_negligible_gradients(token_nll).transpose(0, 1), jsd
 
 
 def _positions(scored: Tensor, only_scored: bool) -> tuple[Tensor, ...]:
