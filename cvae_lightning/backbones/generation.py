@@ -124,7 +124,7 @@ def generate_ids(
             options["temperature"] = temperature
         return _generate_by_transformers(lm, ids, mask, end_id, generator, banned, tokenizer, options)
     decoder, head = decoder_of(lm), head_of(lm)
-    cache: Any = generation_cache(lm.config, max_new_tokens) if takes_cache(decoder) else None
+    cache: Any = generation_cache(lm, max_new_tokens) if takes_cache(decoder) else None
     remembering = {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
     sharing = cache is not None and attends_only(lm)
     mask = mask.long()

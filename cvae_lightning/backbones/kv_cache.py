@@ -40,13 +40,30 @@ class PreallocatedLayer(DynamicLayer):
             return new
         start, end = held.shape[-2], held.shape[-2] + new.shape[-2]
         room = self._rooms.get(name)
-        # what was chosen or repeated since is no view of the room any more
-        if room is None or held.data_ptr() != room.data_ptr() or end > room.shape[-2]:
+        if room is None or end > room.shape[-2]:
             room = new.new_empty(*new.shape[:-2], end + min(self.reserve, 64 + end // 4), new.shape[-1])
             room[..., :start, :] = held
             self._rooms[name] = room
         room[..., start:end, :] = new
         return room[..., :end, :]
+
+    # What is chosen, repeated or put in order is copied, and the old room goes first: there is one layer at a time that
+    # is held twice.
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows, or keep rows more than once."""
+        self._rooms.clear()
+        super().batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Keep every row so many times."""
+        self._rooms.clear()
+        super().batch_repeat_interleave(repeats)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put the rows in the order of the beams."""
+        self._rooms.clear()
+        super().reorder_cache(beam_idx)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -54,8 +71,14 @@ class PreallocatedLayer(DynamicLayer):
         super().reset()
 
 
-def generation_cache(config: Any, reserve: int) -> DynamicCache:
-    """Return transformers' cache for a model's config, with room for ``reserve`` tokens in layers of full attention."""
-    cache = DynamicCache(config=config)
+def generation_cache(lm: Any, reserve: int) -> DynamicCache:
+    """Return transformers' cache for a model, with room for ``reserve`` tokens in layers of full attention.
+
+    A compiled model keeps transformers' own layers: what is written in place breaks its graphs, and is compiled anew
+    time and again.
+    """
+    cache = DynamicCache(config=lm.config)
+    if any(part._compiled_call_impl is not None for part in lm.modules()):
+        return cache
     cache.layers = [PreallocatedLayer(reserve) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

@@ -6,9 +6,10 @@ With p_k the next-token distribution of latent k at one position, m = mean_k p_k
     dL/dz_kv = p_kv [g_k + (g_jsd / K) (log(p_kv / m_v) - KL_k)] - g_k 1[v = y],      g_k = dL/dnll_k
 
 The gradient at one vocabulary entry needs the logsumexp and KL_k of its position and nothing of the other entries, so
-the backward pass makes the logits again in blocks of the vocabulary. Rows are ordered [K, positions], so the mixture is
-a mean over the first dimension. Hidden states are gathered a few positions at a time: no copy of them is made, but
-their gradient is collected in the precision of the statistics first.
+the backward pass makes the logits again in blocks of the vocabulary; without the divergence, of the rows with a
+gradient alone. Rows are ordered [K, positions], so the mixture is a mean over the first dimension. Hidden states are
+gathered a few positions at a time: no copy of them is made, but their gradient is collected in the precision of the
+statistics first.
 Source: recomputation and chunking as in Wijmans et al. 2025 (arXiv 2411.09009); the K-way divergence is added here.
 """
 
@@ -76,7 +77,7 @@ class ChunkedHead(torch.autograd.Function):
         buffer = lse.new_empty(kept, latents * size, min(settings.vocab_block, weight.shape[0]))
         log_sum, divergence_of = settings.arithmetic(_log_sum), settings.arithmetic(_divergence)
         for part in _slices(total, size):
-            states, chosen = _gather(hidden, b[part], t[part], weight.dtype), targets[part]
+            states, chosen = hidden[:, b[part], t[part]].to(weight.dtype), targets[part]
             tiles, sums = [], []
             for i, block in enumerate(blocks):
                 tile = _logits(states, weight, bias, block, settings, buffer[i % kept])
@@ -98,14 +99,21 @@ class ChunkedHead(torch.autograd.Function):
         """Make the logits again, one block of the vocabulary after the other."""
         hidden, weight, bias, targets, b, t, lse, divergence = ctx.saved_tensors
         settings: HeadSettings = ctx.settings
-        latents = hidden.shape[0]
         grad_nll = torch.zeros_like(lse) if grad_nll is None else grad_nll
+        k = torch.arange(hidden.shape[0], device=hidden.device)[:, None].expand(lse.shape)
+        if grad_jsd is None and hidden.device.type == "cpu":
+            # no row needs another, and a sharp posterior leaves most without a gradient: the others in one row, [1, N]
+            latent, n = grad_nll.nonzero(as_tuple=True)
+            k, b, t, targets = latent[None], b[n], t[n], targets[n]
+            lse, divergence, grad_nll = lse[k, n], divergence[k, n], grad_nll[k, n]
+        latents, total = lse.shape
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad_weight = torch.empty_like(weight) if need_weight else None
+        grad_weight = (torch.empty_like if total else torch.zeros_like)(weight) if need_weight else None
         grad_bias = torch.zeros_like(bias) if need_bias else None
-        size = min(len(targets), settings.positions(latents, settings.vocab_block, weight, share=16))
+        size = max(1, min(total, settings.positions(latents, settings.vocab_block, weight, share=16)))
         buffer = lse.new_empty(latents * size, min(settings.vocab_block, weight.shape[0]))
-        parts = list(_slices(len(targets), size))
+        parts = list(_slices(total, size))
+        places = [(k[:, part], b[part], t[part]) for part in parts]  # [K, C, D] states each
         gradient_of = settings.arithmetic(_gradient)
         grad_states = [lse.new_empty(latents * len(targets[part]), hidden.shape[-1]) for part in parts if need_hidden]
         for block in _slices(weight.shape[0], settings.vocab_block):
@@ -113,7 +121,7 @@ class ChunkedHead(torch.autograd.Function):
             if grad_weight is not None:  # in place, if it is of the statistics' dtype
                 block_grad = grad_weight[block].to(lse.dtype)
             for i, part in enumerate(parts):
-                states, g_nll = _gather(hidden, b[part], t[part], weight.dtype), grad_nll[:, part, None]
+                states, g_nll = hidden[places[i]].to(weight.dtype), grad_nll[:, part, None]
                 logits = _logits(states, weight, bias, block, settings, buffer)
                 slope = None if settings.softcap is None else 1 - (logits / settings.softcap).square_()
                 g_jsd = None if grad_jsd is None else grad_jsd[part, None] / latents
@@ -134,9 +142,9 @@ class ChunkedHead(torch.autograd.Function):
                 grad_weight[block] = block_grad
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
         if grad_hidden is not None:
-            for part in parts:
+            for place in places:
                 states_grad = grad_states.pop(0).unflatten(0, (latents, -1))
-                grad_hidden[:, b[part], t[part]] = states_grad.to(hidden.dtype)
+                grad_hidden[place] = states_grad.to(hidden.dtype)
         return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
@@ -152,11 +160,6 @@ def _statistics_dtype(weight: Tensor) -> torch.dtype:
 
 def _slices(total: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
-
-
-def _gather(hidden: Tensor, b: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
-    """[K, C, D] states at C positions (b, t) in the dtype of the products."""
-    return hidden[:, b, t].to(dtype)
 
 
 def _logits(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
@@ -37,7 +38,7 @@ class LatentSeeding(HasSpec):
     1. The entangled model solves each of ``num_inputs`` training inputs ``num_solutions`` times.
     2. What it does meanwhile, its hidden states and where it looks, less the mean over the solutions *of the same x*,
        keeps what differs between solutions of one input and loses the input itself. A strategy shifts it in the same
-       direction for every x.
+       direction for every x. An input that is always solved alike says nothing, and is left out.
     3. They are divided into K clusters, by k-means refined by linear discriminants: those that tell most, and most
        simply, about y given x. Where fewer clusters tell as much, they are the ways of solving, and the K are parts of
        them. The posterior network learns (x, y) -> cluster in ``posterior_steps``.
@@ -139,10 +140,10 @@ class LatentSeeding(HasSpec):
         every = (records[i] for i in range(len(records)))
         given = list(islice((r for r in every if not module.template.overflows([r])[0]), self.num_inputs))
         module.check_positions(module.template.collate(given))
-        solutions = self.solve(module, list(dict.fromkeys(record.x for record in given)), given)
+        solutions = solved_differently(self.solve(module, list(dict.fromkeys(record.x for record in given)), given))
         xs = list(dict.fromkeys(solution.x for solution in solutions))
         found = None
-        if len({(solution.x, solution.y) for solution in solutions}) > len(xs):
+        if xs:
             features = solution_features(module.reference(), unlimited(module.template), solutions, BATCH // 2)
             centred = {name: self.centre(view) for name, view in features.items()}
             tokens = [ids[mask].tolist() for ids, mask in zip(*module.template.prefixes(xs), strict=True)]
@@ -169,6 +170,11 @@ class LatentSeeding(HasSpec):
             f"seeding: {len(solutions)} solutions in clusters of {shown}{fewer} by {found.view}; "
             f"they tell {found.information:.3f} nats about y given x"
         )
+        if found.information <= 0:
+            rank_zero_warn(
+                "seeding: the clusters tell nothing about y given x that their own code would not take; the latents "
+                "may come to mean anything. More inputs (seeding.num_inputs) or fewer latents may help."
+            )
         shares = nn.functional.one_hot(self.clusters, module.num_latents).float()
         if self.leave_open:
             shares = spread(shares, [solution.y for solution in solutions], self.num_solutions, found.ways)
@@ -258,6 +264,12 @@ class LatentSeeding(HasSpec):
             optimizer.step()
             schedule.step()
         optimizer.zero_grad()
+
+
+def solved_differently(solutions: Sequence[Record]) -> list[Record]:
+    """Return the solutions of the inputs that have at least two different ones: the others tell ways apart by noise."""
+    different = Counter(x for x, _ in {(solution.x, solution.y) for solution in solutions})
+    return [solution for solution in solutions if different[solution.x] > 1]
 
 
 def unlimited(template: PromptTemplate) -> PromptTemplate:

@@ -186,26 +186,35 @@ def fewer(
         refined = refine(folds[0][-1], merged, number)
         judged = [(tells(folds, division, count, group), division) for division in (merged, refined)]
         value, division = max(judged, key=lambda pair: pair[0])
-        if value < FEWER * best:
+        if value < best - (1 - FEWER) * abs(best):  # which may be negative
             break
         best, found = max(best, value), (value, division)
     return found
 
 
 def divide(points: Floats, labels: Labels, count: int, seed: int) -> tuple[Labels, Labels]:
-    """Return ``labels`` with the largest clusters divided in two until there are K, and the former label of each."""
+    """Return ``labels`` with the largest clusters divided in two until there are K, and the former label of each.
+
+    Points that are all alike are not divided; where there are no others, the clusters that are wanting stay empty.
+    """
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 
     labels, ways = labels.copy(), list(range(int(labels.max()) + 1))
+    sizes = np.bincount(labels, minlength=count)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # points that are all alike leave the other half empty
-        while len(ways) < count:
-            largest = int(np.bincount(labels).argmax())
+        while len(ways) < count and sizes.max() > 1:
+            largest, new = int(sizes.argmax()), len(ways)
             rows = np.flatnonzero(labels == largest)
             half = KMeans(2, n_init=1, random_state=seed % 2**32).fit(points[rows, : 4 * count]).labels_ == 1
-            labels[rows[half]] = len(ways)
+            if not half.any():
+                sizes[largest] = 0  # not to be tried again
+                continue
+            labels[rows[half]] = new
+            sizes[largest], sizes[new] = (~half).sum(), half.sum()
             ways.append(ways[largest])
+    ways += [ways[int(np.bincount(labels).argmax())]] * (count - len(ways))
     return labels, np.array(ways)
 
 

@@ -1,9 +1,11 @@
 """The cache with room in reserve against transformers' own, operation by operation."""
 
+import weakref
+
 import pytest
 import torch
-from tiny import CONFIGS
-from transformers import MistralConfig
+from tiny import CONFIGS, tiny_lm
+from transformers import MistralConfig, MistralForCausalLM
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from cvae_lightning.backbones.kv_cache import PreallocatedLayer, generation_cache
@@ -62,8 +64,37 @@ def test_tokens_are_written_where_they_stay():
     assert layer.keys.untyped_storage().nbytes() <= 3 * 2 * 4 * 4 * (5 + 1 + 64 + 2)  # room for 64 and a quarter of 6
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.batch_select_indices(torch.tensor([0, 2])),
+        lambda layer: layer.batch_repeat_interleave(2),
+        lambda layer: layer.reorder_cache(torch.tensor([2, 0, 1])),
+    ],
+)
+def test_the_room_of_other_rows_is_let_go(change):
+    draw = torch.Generator().manual_seed(0)
+    layer = PreallocatedLayer(reserve=100)
+    for tokens in (5, 1):
+        layer.update(*states(3, tokens, draw))
+    rooms = [weakref.ref(states.untyped_storage()) for states in (layer.keys, layer.values)]
+    assert all(rooms[i]().nbytes() > 3 * 2 * 6 * 4 * 4 for i in range(2))
+    change(layer)
+    assert [room() for room in rooms] == [None, None]
+
+
+@pytest.mark.parametrize("part", ["decoder", "layer"])
+def test_a_compiled_model_keeps_the_layers_of_transformers(part):
+    lm, _ = tiny_lm("llama")
+    assert {type(layer) for layer in generation_cache(lm, reserve=9).layers} == {PreallocatedLayer}
+    decoder = lm.get_decoder()
+    {"decoder": decoder, "layer": decoder.layers[0]}[part].compile(backend="eager")
+    assert {type(layer) for layer in generation_cache(lm, reserve=9).layers} == {DynamicLayer}
+
+
 @pytest.mark.parametrize(("window", "kind"), [(None, PreallocatedLayer), (4, DynamicSlidingWindowLayer)])
 def test_layers_of_full_attention_are_exchanged_and_no_others(window, kind):
     config = {key: value for key, value in CONFIGS["llama"].items() if key != "model_type"}
-    cache = generation_cache(MistralConfig(**config, sliding_window=window), reserve=9)
+    lm = MistralForCausalLM(MistralConfig(**config, vocab_size=20, sliding_window=window))
+    cache = generation_cache(lm, reserve=9)
     assert {type(layer) for layer in cache.layers} == {kind}

@@ -110,17 +110,20 @@ def test_autocast_multiplies_in_its_dtype():
 
 
 class Work(TorchDispatchMode):
-    """Records the largest number of elements that any operation returns, and counts matrix products."""
+    """Records the largest number of elements that any operation returns, and counts matrix products and their size."""
 
     def __init__(self):
         super().__init__()
-        self.largest, self.products = 0, 0
+        self.largest, self.products, self.multiplied = 0, 0, 0
 
     def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
         result = function(*arguments, **(kwargs or {}))
         if isinstance(result, torch.Tensor):
             self.largest = max(self.largest, result.numel())
-        self.products += function._schema.name in ("aten::mm", "aten::addmm", "aten::addmm_")
+        if function._schema.name in ("aten::mm", "aten::addmm", "aten::addmm_"):
+            self.products += 1
+            left, right = arguments[-2:]
+            self.multiplied += left.numel() * right.shape[1]
         return result
 
 
@@ -147,6 +150,26 @@ def test_a_frozen_head_costs_no_weight_product_and_gets_no_gradient():
         assert leaves[0].grad.any()
         assert (leaves[1].grad is None) == frozen
     assert products[1] * 3 == products[0] * 2  # logits and rows; logits, rows and weight
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("weighed", [(0, 1, 0), (0, 0, 0)])
+def test_rows_without_a_gradient_are_left_out_of_the_backward_pass(head, weighed):
+    """As a sharp posterior leaves all latents but one of an example, here of the first; the second has all of them."""
+    *states, targets = inputs()
+    shares = torch.tensor([weighed, (0.5, 0.2, 0.3) if any(weighed) else weighed], dtype=torch.float64)
+    found = []
+    for pieces in ({}, TINY):
+        leaves = [t.clone().requires_grad_() for t in states]
+        nll, _ = latent_token_stats(*leaves[:2], targets, need_jsd=False, bias=leaves[2], **head, **pieces)
+        with Work() as work:
+            (nll.sum(-1) * shares).sum().backward()
+        found.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(found[1], found[0])
+    assert found[1][0].any() == any(weighed)
+    assert not found[1][0][0, 0].any()
+    rows = int(((targets >= 0).sum(-1) * shares.count_nonzero(-1)).sum())
+    assert work.multiplied == 3 * rows * states[1].numel()  # logits, rows and weight
 
 
 def test_nothing_is_kept_when_nothing_requires_grad():

@@ -1,17 +1,13 @@
 """LatentSeeding: its steps one by one, and runs that start with it."""
 
-import math
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from scipy.stats import multivariate_normal
-from sklearn.metrics import adjusted_mutual_info_score
 from tiny import QUIET, RECORDS, TinyData, all_losses, tiny_artifact, tiny_lm, tiny_tokenizer
 from user_folder import enter_user_folder, failure
 
@@ -23,8 +19,6 @@ from cvae_lightning.functional import exact_posterior
 from cvae_lightning.losses import AggregatePosteriorBalanceLoss, FreeEnergyLoss, PosteriorDistillationLoss
 from cvae_lightning.modules import seeding as module_of_seeding
 from cvae_lightning.modules import solution_clusters
-from cvae_lightning.modules.solution_clusters import cluster, combine, divide, environments_of
-from cvae_lightning.modules.solution_divisions import Folds, code_length, information, merge, refine
 from cvae_lightning.outputs import Record
 from cvae_lightning.template import PromptTemplate
 
@@ -86,7 +80,7 @@ def changed(before, after):
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
-# Clustering.
+# Features.
 
 
 def test_centring_leaves_what_differs_within_an_input():
@@ -115,218 +109,6 @@ def test_rounding_errors_are_no_differences():
     kept = small(num_solutions=4).centre(one_layer).view(20, 3, 6).abs().amax((0, 2))
     assert kept[1] > 0.1
     assert not kept[[0, 2]].any()
-
-
-def planted(inputs=24, solutions=9):
-    """Features of three clusters under offsets of each input that are ten times as large, and the clusters."""
-    torch.manual_seed(1)
-    truth = torch.randint(K, (inputs, solutions))
-    truth[:, :K] = torch.arange(K)  # every input knows all of them, in shares of its own
-    means = 3 * torch.linalg.qr(torch.randn(8, K))[0].T
-    features = means[truth] + 0.2 * torch.randn(inputs, solutions, 8) + 30 * torch.randn(inputs, 1, 8)
-    return features.flatten(0, 1)[:, None], truth.flatten()
-
-
-def test_planted_clusters_are_found_and_only_behind_the_offsets():
-    features, truth = planted()
-    found = cluster({"hidden": small(num_solutions=9).centre(features)}, K, 9, seed=0)
-    assert adjusted_mutual_info_score(truth, found.labels) > 0.95
-    assert found.points.shape == (len(truth), 2)
-    uncentred = cluster({"hidden": features.flatten(1)}, K, 9, seed=0)
-    assert adjusted_mutual_info_score(truth, uncentred.labels) < 0.1
-
-
-def test_what_tells_most_about_the_solution_wins():
-    """Clusters that belong to inputs, even if they are the clearer ones, say nothing about y given x."""
-    features, truth = planted()
-    telling = small(num_solutions=9).centre(features)
-    of_inputs = 50 * torch.nn.functional.one_hot(torch.arange(24) % K, 8).float().repeat_interleave(9, 0)
-    of_inputs = of_inputs + 0.01 * torch.randn(of_inputs.shape)
-    for views in ({"attention": telling, "hidden": of_inputs}, {"hidden": telling, "attention": of_inputs}):
-        found = cluster(combine(views), K, 9, seed=0)
-        assert adjusted_mutual_info_score(truth, found.labels) > 0.95
-
-
-def test_information_is_the_mean_entropy_of_the_labels_of_an_input():
-    _, truth = planted()
-    shares = torch.nn.functional.one_hot(truth, K).double().unflatten(0, (24, 9)).mean(1)
-    entropy = sum(-float(p) * math.log(float(p)) for row in shares for p in row if p > 0) / 24
-    assert information(truth.numpy(), 9) == pytest.approx(entropy)
-    assert information(np.arange(24).repeat(9) % K, 9) == pytest.approx(0)
-
-
-def test_noise_divides_evenly_but_not_in_every_view_alike():
-    torch.manual_seed(3)
-    views = {"attention": torch.randn(24 * 9, 8), "hidden": torch.randn(24 * 9, 8)}
-    features, _ = planted()
-    points = small(num_solutions=9).centre(features)
-    ways = {"attention": points, "hidden": points.flip(-1)}
-    told = [cluster(combine(found), K, 9, seed=0).information for found in (views, ways)]
-    assert told[0] < 0.7 * told[1]
-    assert cluster({"hidden": views["hidden"][:9]}, K, 9, seed=0).labels.shape == (9,)  # one input has no halves
-
-
-def swapping():
-    """Points of three clusters and what is written, which depends on the input too; labels, and labels that swap."""
-    features, truth = planted(inputs=64)
-    kind = (torch.arange(64) % 4 == 3).long()  # of the input
-    swapped = torch.where((kind.repeat_interleave(9) == 1) & (truth < 2), 1 - truth, truth)
-    written = torch.nn.functional.one_hot(swapped, K).float() + 0.1 * torch.randn(len(truth), K)
-    points = torch.cat([small(num_solutions=9).centre(features), 3 * (written - written.mean(0))], -1)
-    axes = torch.linalg.svd(points, full_matrices=False)[2].T
-    return (points @ axes).double().numpy(), kind.numpy(), truth.numpy(), swapped.numpy()
-
-
-def test_labels_that_swap_with_the_input_do_not_hold_for_unlike_inputs():
-    """They divide every input as evenly and can be read off the points, if inputs of their kind are known."""
-    points, kind, truth, swapped = swapping()
-    assert information(swapped, 9) == pytest.approx(information(truth, 9))
-    known, unlike = (Folds(points, np.repeat(groups, 9)) for groups in (np.arange(64) % 2, kind))
-    assert code_length(known, swapped, K) < 0.1
-    assert code_length(unlike, swapped, K) < code_length(unlike, truth, K) + 1e-3  # the direction is the same one
-    points[np.repeat(kind, 9) == 1] *= -1  # and here it is not
-    turned = Folds(points, np.repeat(kind, 9))
-    assert code_length(turned, swapped, K) > 1
-
-
-def test_a_fold_is_judged_by_the_others_alone():
-    """Against a discriminant fitted by hand; its own labels change nothing."""
-    features, truth = planted()
-    points = small(num_solutions=9).centre(features).double().numpy()
-    fold, labels = np.repeat(np.arange(24) % 3, 9), truth.numpy()
-    out = fold == 1
-    found = Folds(points, fold).log_probs(labels, K)
-    x, z = points[~out], labels[~out]
-    means = np.stack([x[z == k].mean(0) for k in range(K)])
-    scatter = (x - means[z]).T @ (x - means[z])
-    covariance = (0.95 * scatter + 0.05 * np.diag(np.diag(scatter)) + 1e-9 * np.trace(scatter) * np.eye(8)) / len(x)
-    shares = np.bincount(z) / len(z)
-    logits = np.stack(
-        [multivariate_normal.logpdf(points[out], means[k], covariance) + np.log(shares[k]) for k in range(K)], -1
-    )
-    logits -= np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) + logits.max(
-        -1, keepdims=True
-    )
-    np.testing.assert_allclose(found[out], logits, rtol=1e-4, atol=1e-6)
-    changed = np.where(out, (labels + 1) % K, labels)
-    np.testing.assert_allclose(Folds(points, fold).log_probs(changed, K)[out], found[out], rtol=1e-6)
-    assert np.allclose(np.exp(found).sum(-1), 1)
-    assert Folds(points, fold).log_probs(np.where(out, 1, 0), K) is None  # the others know one label only
-
-
-def test_inputs_are_grouped_by_their_features_and_by_the_tokens_at_their_ends():
-    kinds = np.arange(40) % 4
-    inputs = 10 * torch.eye(4)[torch.from_numpy(kinds)] + 0.1 * torch.randn(40, 4)
-    tokens = [[7, int(i % 2), *([5] * int(i % 3)), 9 + int(i == 0)] for i in range(40)]
-    found = environments_of(inputs, tokens, seed=0)
-    assert any(adjusted_mutual_info_score(groups, np.arange(40) % 2) == pytest.approx(1) for groups in found[1:])
-    assert max(groups.max() for groups in found) < 20
-    assert all(len(np.unique(groups)) > 1 for groups in found)  # the first token and the rare last one group nothing
-    assert adjusted_mutual_info_score(found[0], kinds) > 0.6
-    assert [groups.tolist() for groups in environments_of(inputs[:3], tokens[:3], 0)] == [[0, 1, 2]]
-
-
-def test_merging_joins_what_never_meets_in_an_input():
-    """Two ways of solving, each in two parts that belong to different inputs."""
-    halves = torch.arange(8).repeat_interleave(6) % 2
-    ways = torch.arange(6).repeat(8) % 2
-    merged = merge((2 * halves + ways).numpy(), 2, 6)
-    assert adjusted_mutual_info_score(ways, merged) == pytest.approx(1)
-    assert np.array_equal(merge(ways.numpy(), 2, 6), ways.numpy())
-
-
-def test_refining_mends_single_labels_and_leaves_too_few_alone():
-    features, truth = planted()
-    folds = Folds(small(num_solutions=9).centre(features).double().numpy(), np.repeat(np.arange(24) % 2, 9))
-    noisy = truth.clone()
-    noisy[::11] = (noisy[::11] + 1) % K
-    assert np.array_equal(refine(folds, noisy.numpy(), K), truth.numpy())
-    few = np.where(np.arange(len(truth)) == 0, 1, 0)
-    assert np.array_equal(refine(folds, few, K), few)
-    assert code_length(folds, few, K) == pytest.approx(math.log(K))  # the other fold does not know the 1
-    assert code_length(folds, 0 * few, K) == pytest.approx(0, abs=1e-3)
-
-
-@pytest.mark.parametrize("count", [K, K + 1, 2 * K])
-def test_more_clusters_than_ways_are_parts_of_ways(count):
-    """A way looks different from one input to another, but in each of them it is one."""
-    _, truth = planted(inputs=64)
-    looks = 5 * torch.eye(8)[:K] + torch.randn(64, K, 8)
-    features = looks[torch.arange(64).repeat_interleave(9), truth][:, None]
-    found = cluster({"hidden": small(num_solutions=9).centre(features)}, count, 9, seed=0)
-    assert found.labels.unique().tolist() == list(range(count))
-    assert found.ways.unique().tolist() == list(range(K))
-    assert found.ways[:K].tolist() == list(range(K))
-    assert adjusted_mutual_info_score(truth, found.ways[found.labels]) > 0.95
-
-
-def test_alike_points_leave_the_other_half_empty():
-    points = np.repeat(np.eye(2), [5, 3], axis=0)
-    labels, ways = divide(points, np.repeat([0, 1], [5, 3]), 3, seed=0)
-    assert labels.tolist() == [0] * 5 + [1] * 3
-    assert ways.tolist() == [0, 1, 0]
-
-
-def test_clusters_are_those_of_the_seed():
-    torch.manual_seed(0)
-    points = torch.randn(40, 5)
-    torch.manual_seed(1)
-    found = cluster({"hidden": points}, K, 4, seed=1)
-    torch.manual_seed(1)
-    again = cluster({"hidden": points}, K, 4, seed=1)
-    assert torch.equal(found.labels, again.labels)
-    assert found.labels.dtype == torch.int64
-    assert found.labels.unique().tolist() == list(range(K))
-
-
-@pytest.mark.parametrize(("kinds", "count", "enough"), [(1, 2, False), (2, 3, False), (3, 3, True)])
-def test_fewer_different_points_than_clusters_are_none(kinds, count, enough):
-    torch.manual_seed(0)
-    points = torch.randn(kinds, 6)[torch.arange(30) % kinds]
-    assert (cluster({"hidden": points}, count, 3, seed=0) is not None) == enough
-
-
-@pytest.mark.parametrize(
-    ("solutions", "labels", "undecided"),
-    [
-        ("aabbccdd", [0, 0, 1, 1, 2, 2, 3, 3], {}),
-        ("aabbccdd", [0, 0, 0, 0, 2, 2, 1, 1], {0: [0, 3]}),
-        ("abababcc", [2, 2, 2, 2, 2, 2, 0, 0], {2: [1, 2, 3]}),
-        ("aabbccde", [0, 0, 0, 0, 2, 2, 1, 3], {0: [0, 1, 3]}),  # d and e may be accidents
-        ("aabccddd", [0, 0, 0, 1, 1, 2, 2, 2], {}),  # b may be one
-        ("aabbccdd", [0, 0, 0, 0, 0, 0, 0, 0], {0: [0, 1, 2, 3]}),
-        ("aabbccddee", [0, 0, 0, 0, 1, 1, 2, 2, 2, 2], {}),  # more ways than clusters
-        ("abcdefgh", [0, 0, 0, 0, 1, 1, 1, 2], {}),  # no solution twice
-    ],
-)
-def test_ways_that_share_a_cluster_are_left_undecided_while_another_has_none(solutions, labels, undecided):
-    shares = torch.nn.functional.one_hot(torch.tensor(labels), 4).float()
-    found = solution_clusters.spread(shares, list(solutions), len(labels), torch.arange(4))
-    assert shares.max(-1).values.tolist() == [1.0] * len(labels)
-    for row, label in zip(found, labels, strict=True):
-        among = undecided.get(label, [label])
-        assert row[among].tolist() == pytest.approx([1 / len(among)] * len(among))
-        assert float(row.sum()) == pytest.approx(1)
-
-
-def test_inputs_are_left_undecided_one_by_one():
-    decided, shared = [0, 0, 1, 1], [2, 2, 2, 2]
-    shares = torch.nn.functional.one_hot(torch.tensor(decided + shared), 3).float()
-    found = solution_clusters.spread(shares, [*"aabb", *"aabb"], 4, torch.arange(3))
-    assert found[:4].argmax(-1).tolist() == decided
-    assert found[:4].max(-1).values.tolist() == [1.0] * 4
-    torch.testing.assert_close(found[4:], torch.full((4, 3), 1 / 3))
-
-
-def test_ways_of_several_clusters_are_left_undecided_as_one():
-    """Clusters 0 and 3 are one way, 1 and 4 another, 2 and 5 the third; two solutions are taken for the first."""
-    ways = torch.tensor([0, 1, 2, 0, 1, 2])
-    shares = torch.nn.functional.one_hot(torch.tensor([0, 0, 3, 3, 4, 4]), 6).float()
-    found = solution_clusters.spread(shares, list("aabbcc"), 6, ways)
-    assert found[:4].tolist() == [[0.25, 0, 0.25, 0.25, 0, 0.25]] * 4
-    assert torch.equal(found[4:], shares[4:])
-    alone = solution_clusters.spread(shares, list("aaaacc"), 6, ways)
-    assert torch.equal(alone, shares)  # one solution in two clusters of one way
 
 
 # Solutions.
@@ -443,6 +225,63 @@ def test_what_shares_a_cluster_is_left_open_if_asked_for(artifact, monkeypatch):
         assert (taught[-1] == half).all() == leave_open
         assert torch.equal(model.seed_counts, taught[-1].sum(0).round().long())
     assert torch.equal(taught[0].argmax(-1), model.seeding.clusters)
+
+
+def test_an_input_that_is_always_solved_alike_says_nothing(artifact, monkeypatch):
+    """It belongs to no cluster, is not taught, and counts for no latent."""
+    taught, given, solve = [], [], LatentSeeding.solve
+    alike = {XS[0], XS[3]}
+
+    def solved(*args):
+        return [Record(r.x, "1" if r.x in alike else r.y, index=r.index) for r in solve(*args)]
+
+    def watching(views, count, group, seed, environments, bar):
+        given.append((len(next(iter(views.values()))), environments))
+        return solution_clusters.cluster(views, count, group, seed, environments, bar)
+
+    monkeypatch.setattr(LatentSeeding, "solve", solved)
+    monkeypatch.setattr(LatentSeeding, "teach", lambda seeding, model, solutions, targets: taught.extend(solutions))
+    monkeypatch.setattr(module_of_seeding, "cluster", watching)
+    model = build(artifact, small())
+    assert start(model)
+    assert {r.x for r in taught} == {*XS} - alike
+    assert len(taught) == 3 * 6
+    assert int(model.seed_counts.sum()) == 18
+    ((points, environments),) = given
+    assert points == 18
+    assert [len(groups) for groups in environments] == [3]
+
+
+def found_of(monkeypatch, ways, information):
+    """Let the clustering find clusters in turn; return what is spread."""
+    spread = []
+
+    def found(views, count, group, *rest, **options):
+        labels = torch.arange(len(next(iter(views.values())))) % count
+        return solution_clusters.Clusters(
+            labels, torch.tensor(ways), torch.zeros(len(labels), 2), information, "hidden"
+        )
+
+    monkeypatch.setattr(module_of_seeding, "cluster", found)
+    monkeypatch.setattr(module_of_seeding, "spread", lambda *args: spread.append(args) or args[0])
+    return spread
+
+
+@pytest.mark.parametrize(("ways", "said"), [([0, 1, 1], ", parts of 2 ways of solving,"), ([0, 1, 2], "")])
+def test_ways_of_solving_are_told_and_spread(artifact, monkeypatch, caplog, ways, said):
+    spread = found_of(monkeypatch, ways, 0.5)
+    assert start(build(artifact, small(posterior_steps=1)))
+    assert spread[0][-1].tolist() == ways
+    assert f"30 solutions in clusters of 10, 10, 10{said} by hidden; they tell 0.500 nats" in caplog.text
+
+
+@pytest.mark.parametrize(("information", "warned"), [(0.1, False), (0.0, True), (-0.3, True)])
+def test_clusters_that_tell_nothing_are_warned_of(artifact, monkeypatch, information, warned):
+    found_of(monkeypatch, [0, 1, 2], information)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        assert start(build(artifact, small(posterior_steps=1)))
+    assert any("the clusters tell nothing about y given x" in str(w.message) for w in caught) == warned
 
 
 def test_the_posterior_learns_the_clusters_and_nothing_else_changes(artifact, monkeypatch):

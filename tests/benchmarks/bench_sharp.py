@@ -1,0 +1,97 @@
+"""X1-X2: what a sharp posterior costs, whose gradients are nothing for most latents, or denormal numbers."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from bench_head import BATCH, LENGTH
+from measure import Figure, options, report, seconds
+from setting import Sentences, artifact, build, plain_step
+from torch import Tensor
+
+from cvae_lightning.functional import latent_token_stats, precision
+from cvae_lightning.losses import FreeEnergyLoss
+from cvae_lightning.modules import SharedDiscreteCVAE
+
+LATENTS = 4
+SPREAD = 75.0
+"""Nats by which the second-best latent is worse in the posterior: gradients below e^-87 are denormal numbers."""
+
+
+def head_step(head: Any, sharp: bool, width: int, vocab: int) -> Callable[[], None]:
+    """Return one forward and backward pass of a head, whose costs a posterior weighs."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(BATCH, LATENTS, LENGTH, width, generator=generator).requires_grad_()
+    weight = (torch.randn(vocab, width, generator=generator) / width**0.5).requires_grad_()
+    targets = torch.randint(vocab, (BATCH, LENGTH), generator=generator)
+    scores = torch.randn(BATCH, LATENTS, generator=generator) + sharp * SPREAD * torch.eye(LATENTS)[:BATCH]
+
+    def run() -> None:
+        hidden.grad = weight.grad = None
+        (head(hidden, weight, targets).mean(-1) * scores.softmax(-1)).sum().backward()
+
+    return run
+
+
+def naive_costs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Return costs from the logits of all positions, [B, K, T]."""
+    log_probs = (hidden @ weight.t()).float().log_softmax(-1)
+    return -log_probs.gather(-1, targets[:, None, :, None].expand(-1, LATENTS, -1, 1)).squeeze(-1)
+
+
+def our_costs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Return costs by the head in pieces, [B, K, T]."""
+    return latent_token_stats(hidden, weight, targets, need_jsd=False)[0]
+
+
+def sharp_step(source: str, vocab: int) -> Callable[[], None]:
+    """Return a training step whose posterior is sharp."""
+    batch_size = 16
+    module = build(SharedDiscreteCVAE, source, LATENTS, losses={"free_energy": FreeEnergyLoss()})
+    module.posterior_kind = "exact"
+    batch = module.template.collate(Sentences(32, 32, batch_size, vocab).all)
+    with torch.no_grad():
+        outputs = module.compute_outputs(batch, frozenset())
+        scores = outputs.router_log_probs - outputs.sequence_nll
+        best, second = scores.topk(2).values.T
+        module.posterior_temperature = float((best - second).median()) / SPREAD
+    return plain_step(module, batch)
+
+
+def main() -> None:
+    """Measure and report."""
+    warnings.filterwarnings("ignore")
+    given = options(__doc__ or "")
+    width, layers, vocab = (32, 1, 997) if given.quick else (256, 4, 50257)
+    figures = []
+    for sharp in (True, False):
+        sides = {
+            "naive": head_step(naive_costs, sharp, width, vocab),
+            "ours": head_step(our_costs, sharp, width, vocab),
+        }
+        best = seconds(sides, given.repeat)
+        name = f"X1 head without divergence, K=4, {'sharp' if sharp else 'flat'} posterior"
+        note = f"{best['naive']:.2f} s / {best['ours']:.2f} s"
+        figures.append(Figure(name, best["naive"] / best["ours"], 1.5 if sharp else 1.0, note=note))
+    with tempfile.TemporaryDirectory() as folder:
+        step = sharp_step(artifact(folder, "llama", min(width, 128), layers, 200), 200)
+
+        def kept() -> None:
+            with patch.object(precision, "NEGLIGIBLE", 0.0):
+                step()
+
+        best = seconds({"kept": kept, "dropped": step}, given.repeat)
+        note = f"{best['kept']:.2f} s / {best['dropped']:.2f} s"
+        figures.append(
+            Figure("X2 step, negligible gradients kept / dropped", best["kept"] / best["dropped"], 1.5, note=note)
+        )
+    report("A sharp posterior", figures, given)
+
+
+if __name__ == "__main__":
+    main()

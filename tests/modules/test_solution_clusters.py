@@ -1,0 +1,229 @@
+"""Clusters of solutions, and which of them are one way of solving."""
+
+import numpy as np
+import pytest
+import torch
+from planted import K, centred, planted, unlike
+from sklearn.metrics import adjusted_mutual_info_score
+
+from cvae_lightning.modules import solution_clusters
+from cvae_lightning.modules.solution_clusters import cluster, combine, divide, environments_of, fewer, spread
+
+
+@pytest.fixture(autouse=True)
+def few_divisions(monkeypatch):
+    """What is planted is found soon."""
+    monkeypatch.setattr(solution_clusters, "STARTS", 1)
+    monkeypatch.setattr(solution_clusters, "REFINED", 4)
+
+
+def test_planted_clusters_are_found_and_only_behind_the_offsets():
+    features, truth = planted()
+    found = cluster({"hidden": centred(features)}, K, 9, seed=0)
+    assert adjusted_mutual_info_score(truth, found.labels) > 0.95
+    assert found.points.shape == (len(truth), 2)
+    uncentred = cluster({"hidden": features.flatten(1)}, K, 9, seed=0)
+    assert adjusted_mutual_info_score(truth, uncentred.labels) < 0.1
+
+
+def test_what_tells_most_about_the_solution_wins():
+    """Clusters that belong to inputs, even if they are the clearer ones, say nothing about y given x."""
+    features, truth = planted()
+    telling = centred(features)
+    of_inputs = 50 * torch.nn.functional.one_hot(torch.arange(24) % K, 8).float().repeat_interleave(9, 0)
+    of_inputs = of_inputs + 0.01 * torch.randn(of_inputs.shape)
+    for views in ({"attention": telling, "hidden": of_inputs}, {"hidden": telling, "attention": of_inputs}):
+        found = cluster(combine(views), K, 9, seed=0)
+        assert adjusted_mutual_info_score(truth, found.labels) > 0.95
+
+
+def test_noise_divides_evenly_but_not_in_every_view_alike():
+    torch.manual_seed(3)
+    views = {"attention": torch.randn(24 * 9, 8), "hidden": torch.randn(24 * 9, 8)}
+    features, _ = planted()
+    points = centred(features)
+    ways = {"attention": points, "hidden": points.flip(-1)}
+    told = [cluster(combine(found), K, 9, seed=0).information for found in (views, ways)]
+    assert told[0] < 0.7 * told[1]
+    assert cluster({"hidden": views["hidden"][:9]}, K, 9, seed=0).labels.shape == (9,)  # one input has no halves
+
+
+def test_inputs_are_grouped_by_their_features_and_by_the_tokens_at_their_ends():
+    kinds = np.arange(40) % 4
+    inputs = 10 * torch.eye(4)[torch.from_numpy(kinds)] + 0.1 * torch.randn(40, 4)
+    tokens = [[7, int(i % 2), *([5] * int(i % 3)), 9 + int(i == 0)] for i in range(40)]
+    found = environments_of(inputs, tokens, seed=0)
+    assert any(adjusted_mutual_info_score(groups, np.arange(40) % 2) == pytest.approx(1) for groups in found[1:])
+    assert max(groups.max() for groups in found) < 20
+    assert all(len(np.unique(groups)) > 1 for groups in found)  # the first token and the rare last one group nothing
+    assert adjusted_mutual_info_score(found[0], kinds) > 0.6
+    assert [groups.tolist() for groups in environments_of(inputs[:3], tokens[:3], 0)] == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("count", [K, K + 1, 2 * K])
+def test_more_clusters_than_ways_are_parts_of_ways(count):
+    """A way looks different from one input to another, but in each of them it is one."""
+    _, truth = planted(inputs=64)
+    looks = 5 * torch.eye(8)[:K] + torch.randn(64, K, 8)
+    features = looks[torch.arange(64).repeat_interleave(9), truth][:, None]
+    found = cluster({"hidden": centred(features)}, count, 9, seed=0)
+    assert found.labels.unique().tolist() == list(range(count))
+    assert found.ways.unique().tolist() == list(range(K))
+    assert found.ways[:K].tolist() == list(range(K))
+    assert adjusted_mutual_info_score(truth, found.ways[found.labels]) > 0.95
+
+
+@pytest.mark.parametrize(("anew", "best"), [(-1.0, "merged"), (2.0, "anew")])
+def test_what_is_divided_again_is_the_division_that_tells_more(monkeypatch, anew, best):
+    """Of the merged clusters and those found from scratch, in as many."""
+    features, truth = planted()
+    searched = []
+
+    def search(components, folds, count, group, seed, bar):
+        searched.append(count)
+        labels = truth.numpy() if len(searched) == 2 else np.arange(len(truth)) % count
+        return 0.0, "hidden", labels
+
+    merged = np.arange(len(truth)) % K
+    monkeypatch.setattr(solution_clusters, "search", search)
+    monkeypatch.setattr(solution_clusters, "fewer", lambda *args: (1.0, merged))
+    monkeypatch.setattr(solution_clusters, "tells", lambda *args: anew)
+    found = cluster({"hidden": centred(features)}, K + 1, 9, seed=0)
+    assert searched == [K + 1, K]
+    expected = {"merged": merged, "anew": truth.numpy()}[best]
+    assert np.array_equal(found.ways[found.labels], expected)
+    assert found.information == max(1.0, anew)
+
+
+@pytest.mark.parametrize(
+    ("told", "best", "ways"),
+    [
+        ({4: 0.96, 3: 0.951, 2: 0.949}, 1.0, 3),
+        ({4: 0.949, 3: 1.0, 2: 1.0}, 1.0, None),
+        ({4: 1.04, 3: 0.985, 2: 0.9}, 1.0, 4),  # 5 % of the most that was told
+        ({4: -1.0, 3: -1.04, 2: 0.2}, -1.0, 2),  # of its size, where it is negative
+        ({4: -1.06, 3: 1.0, 2: 1.0}, -1.0, None),
+    ],
+)
+@pytest.mark.parametrize("better", ["merged", "refined"])
+def test_clusters_are_merged_while_hardly_anything_is_lost(monkeypatch, told, best, ways, better):
+    start = np.arange(40) % 5
+    monkeypatch.setattr(solution_clusters, "refine", lambda folds, labels, count: np.flip(labels))
+    merged = [solution_clusters.merge(start, count, 10) for count in range(5)]
+
+    def tells(folds, labels, count, group):
+        kind = "merged" if any(np.array_equal(labels, division) for division in merged) else "refined"
+        return told[int(labels.max()) + 1] - (kind != better)
+
+    monkeypatch.setattr(solution_clusters, "tells", tells)
+    found = fewer([[None]], start, best, 5, 10)
+    assert (found is None) == (ways is None)
+    if found is not None:
+        assert found[0] == told[ways]
+        assert found[1].max() + 1 == ways
+
+
+def test_a_rare_way_is_found():
+    torch.manual_seed(2)
+    truth = torch.multinomial(torch.tensor([0.48, 0.48, 0.04]), 128 * 9, replacement=True)
+    means = 3 * torch.linalg.qr(torch.randn(8, K))[0].T
+    features = (means[truth] + 0.2 * torch.randn(128 * 9, 8)).unflatten(0, (128, 9)) + 30 * torch.randn(128, 1, 8)
+    found = cluster({"hidden": centred(features.flatten(0, 1)[:, None])}, K, 9, seed=0)
+    assert found.ways.tolist() == list(range(K))
+    assert adjusted_mutual_info_score(truth, found.labels) > 0.95
+
+
+def test_every_environment_is_asked():
+    features, kind, _ = unlike()
+    views, mixed = {"hidden": centred(features)}, np.arange(64) // 8
+    told = [cluster(views, K, 9, 0, groups).information for groups in ([mixed], [mixed, kind], [kind, mixed])]
+    assert told[0] > 0.9
+    assert max(told[1:]) < 0.5
+
+
+def test_the_largest_clusters_are_divided():
+    points = torch.randn(100, 2, generator=torch.Generator().manual_seed(0)).double().numpy()
+    labels, ways = divide(points, np.repeat([0, 1, 2], [10, 70, 20]), 5, seed=0)
+    assert ways.tolist() == [0, 1, 2, 1, 1]
+    assert np.array_equal(ways[labels], np.repeat([0, 1, 2], [10, 70, 20]))
+    assert np.bincount(labels).min() >= 10
+
+
+@pytest.mark.parametrize(
+    ("sizes", "count", "expected", "ways"),
+    [
+        ([5, 3], 3, [5, 3], [0, 1, 0]),  # nothing to divide: the third stays empty
+        ([5, 2, 2], 5, [5, 1, 2, 1], [0, 1, 2, 1, 0]),  # the second has two different points
+    ],
+)
+def test_points_that_are_alike_are_not_divided(sizes, count, expected, ways):
+    points = np.repeat(np.eye(3)[: len(sizes)], sizes, axis=0)
+    if len(sizes) == 3:
+        points[5] += 0.1
+    labels, found = divide(points, np.arange(len(sizes)).repeat(sizes), count, seed=0)
+    assert np.bincount(labels).tolist() == expected
+    assert found.tolist() == ways
+
+
+def test_clusters_are_those_of_the_seed():
+    torch.manual_seed(0)
+    points = torch.randn(40, 5)
+    torch.manual_seed(1)
+    found = cluster({"hidden": points}, K, 4, seed=1)
+    torch.manual_seed(1)
+    again = cluster({"hidden": points}, K, 4, seed=1)
+    assert torch.equal(found.labels, again.labels)
+    assert found.labels.dtype == torch.int64
+    assert found.labels.unique().tolist() == list(range(K))
+
+
+@pytest.mark.parametrize(("kinds", "count", "enough"), [(1, 2, False), (2, 3, False), (3, 3, True)])
+def test_fewer_different_points_than_clusters_are_none(kinds, count, enough):
+    torch.manual_seed(0)
+    points = torch.randn(kinds, 6)[torch.arange(30) % kinds]
+    assert (cluster({"hidden": points}, count, 3, seed=0) is not None) == enough
+
+
+@pytest.mark.parametrize(
+    ("solutions", "labels", "undecided"),
+    [
+        ("aabbccdd", [0, 0, 1, 1, 2, 2, 3, 3], {}),
+        ("aabbccdd", [0, 0, 0, 0, 2, 2, 1, 1], {0: [0, 3]}),
+        ("abababcc", [2, 2, 2, 2, 2, 2, 0, 0], {2: [1, 2, 3]}),
+        ("aabbccde", [0, 0, 0, 0, 2, 2, 1, 3], {0: [0, 1, 3]}),  # d and e may be accidents
+        ("aabccddd", [0, 0, 0, 1, 1, 2, 2, 2], {}),  # b may be one
+        ("aabbccdd", [0, 0, 0, 0, 0, 0, 0, 0], {0: [0, 1, 2, 3]}),
+        ("aabbccddee", [0, 0, 0, 0, 1, 1, 2, 2, 2, 2], {}),  # more ways than clusters
+        ("abcdefgh", [0, 0, 0, 0, 1, 1, 1, 2], {}),  # no solution twice
+    ],
+)
+def test_ways_that_share_a_cluster_are_left_undecided_while_another_has_none(solutions, labels, undecided):
+    shares = torch.nn.functional.one_hot(torch.tensor(labels), 4).float()
+    found = spread(shares, list(solutions), len(labels), torch.arange(4))
+    assert shares.max(-1).values.tolist() == [1.0] * len(labels)
+    for row, label in zip(found, labels, strict=True):
+        among = undecided.get(label, [label])
+        assert row[among].tolist() == pytest.approx([1 / len(among)] * len(among))
+        assert float(row.sum()) == pytest.approx(1)
+
+
+def test_inputs_are_left_undecided_one_by_one():
+    decided, shared = [0, 0, 1, 1], [2, 2, 2, 2]
+    shares = torch.nn.functional.one_hot(torch.tensor(decided + shared), 3).float()
+    found = spread(shares, [*"aabb", *"aabb"], 4, torch.arange(3))
+    assert found[:4].argmax(-1).tolist() == decided
+    assert found[:4].max(-1).values.tolist() == [1.0] * 4
+    torch.testing.assert_close(found[4:], torch.full((4, 3), 1 / 3))
+
+
+def test_ways_of_several_clusters_are_left_undecided_as_one():
+    """Clusters 0 and 3 are one way, 1 and 4 another, 2 and 5 the third; two solutions are taken for the first."""
+    ways = torch.tensor([0, 1, 2, 0, 1, 2])
+    shares = torch.nn.functional.one_hot(torch.tensor([0, 0, 3, 3, 4, 4]), 6).float()
+    found = spread(shares, list("aabbcc"), 6, ways)
+    assert found[:4].tolist() == [[0.25, 0, 0.25, 0.25, 0, 0.25]] * 4
+    assert torch.equal(found[4:], shares[4:])
+    four = torch.nn.functional.one_hot(torch.tensor([0, 0, 3, 3, 0, 0, 3, 3]), 6).float()
+    assert torch.equal(spread(four, list("aabbccdd"), 8, ways), four)  # more solutions than ways
+    alone = spread(shares, list("aaaacc"), 6, ways)
+    assert torch.equal(alone, shares)  # one solution in two clusters of one way
