@@ -33,7 +33,7 @@ def swapping():
     return (points @ axes).double().numpy(), kind.numpy(), truth.numpy(), swapped.numpy()
 
 
-def unlike():
+def unlike_kinds():
     """Features whose ways look different from one kind of input to the next, the kinds, and the ways."""
     features, truth = planted(inputs=64)
     kind = torch.arange(64) % 4

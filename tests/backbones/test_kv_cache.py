@@ -77,8 +77,8 @@ def test_the_room_of_other_rows_is_let_go(change):
     layer = PreallocatedLayer(reserve=100)
     for tokens in (5, 1):
         layer.update(*states(3, tokens, draw))
-    rooms = [weakref.ref(states.untyped_storage()) for states in (layer.keys, layer.values)]
-    assert all(rooms[i]().nbytes() > 3 * 2 * 6 * 4 * 4 for i in range(2))
+    rooms = [weakref.ref(held.untyped_storage()) for held in (layer.keys, layer.values)]
+    assert all(room().nbytes() > 3 * 2 * 6 * 4 * 4 for room in rooms)
     change(layer)
     assert [room() for room in rooms] == [None, None]
 

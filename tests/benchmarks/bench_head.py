@@ -15,21 +15,32 @@ from cvae_lightning.functional import latent_token_stats
 BATCH, LENGTH = 4, 64
 
 
+def naive_costs(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """What one writes first: logits and log-softmax of all positions, [B, K, T, V], behind the costs [B, K, T]."""
+    log_probs = (hidden @ weight.t()).float().log_softmax(-1)
+    return -log_probs.gather(-1, targets[:, None, :, None].expand(-1, hidden.shape[1], -1, 1)).squeeze(-1), log_probs
+
+
 def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """What one writes first: logits and log-softmax of all positions, and the KL form of the divergence."""
-    log_probs = (hidden @ weight.t()).float().log_softmax(-1)  # [B, K, T, V]
-    nll = -log_probs.gather(-1, targets[:, None, :, None].expand(-1, hidden.shape[1], -1, 1)).squeeze(-1)
+    """Return the costs and the KL form of the divergence."""
+    nll, log_probs = naive_costs(hidden, weight, targets)
     return nll, plain_divergence(log_probs)
+
+
+def inputs(latents: int, width: int, vocab: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Return random states, a head's weight and targets."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(BATCH, latents, LENGTH, width, generator=generator).to(dtype).requires_grad_()
+    weight = (torch.randn(vocab, width, generator=generator) / width**0.5).to(dtype).requires_grad_()
+    return hidden, weight, torch.randint(vocab, (BATCH, LENGTH), generator=generator)
 
 
 def step(
     head: Any, latents: int, width: int, vocab: int, dtype: torch.dtype = torch.float32, frozen: bool = False
 ) -> Callable[[], None]:
     """Return one forward and backward pass of a head in a loss that is linear in neither statistic."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(BATCH, latents, LENGTH, width, generator=generator).to(dtype).requires_grad_()
-    weight = (torch.randn(vocab, width, generator=generator) / width**0.5).to(dtype).requires_grad_(not frozen)
-    targets = torch.randint(vocab, (BATCH, LENGTH), generator=generator)
+    hidden, weight, targets = inputs(latents, width, vocab, dtype)
+    weight.requires_grad_(not frozen)
 
     def run() -> None:
         hidden.grad = weight.grad = None

@@ -5,14 +5,14 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from bench_head import BATCH, LENGTH
+from bench_head import BATCH, inputs, naive_costs
 from measure import Figure, options, report, seconds
 from setting import Sentences, artifact, build, plain_step
-from torch import Tensor
 
 from cvae_lightning.functional import latent_token_stats, precision
 from cvae_lightning.losses import FreeEnergyLoss
@@ -25,28 +25,17 @@ SPREAD = 75.0
 
 def head_step(head: Any, sharp: bool, width: int, vocab: int) -> Callable[[], None]:
     """Return one forward and backward pass of a head, whose costs a posterior weighs."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(BATCH, LATENTS, LENGTH, width, generator=generator).requires_grad_()
-    weight = (torch.randn(vocab, width, generator=generator) / width**0.5).requires_grad_()
-    targets = torch.randint(vocab, (BATCH, LENGTH), generator=generator)
-    scores = torch.randn(BATCH, LATENTS, generator=generator) + sharp * SPREAD * torch.eye(LATENTS)[:BATCH]
+    hidden, weight, targets = inputs(LATENTS, width, vocab)
+    scores = (
+        torch.randn(BATCH, LATENTS, generator=torch.Generator().manual_seed(1))
+        + sharp * SPREAD * torch.eye(LATENTS)[:BATCH]
+    )
 
     def run() -> None:
         hidden.grad = weight.grad = None
-        (head(hidden, weight, targets).mean(-1) * scores.softmax(-1)).sum().backward()
+        (head(hidden, weight, targets)[0].mean(-1) * scores.softmax(-1)).sum().backward()
 
     return run
-
-
-def naive_costs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Return costs from the logits of all positions, [B, K, T]."""
-    log_probs = (hidden @ weight.t()).float().log_softmax(-1)
-    return -log_probs.gather(-1, targets[:, None, :, None].expand(-1, LATENTS, -1, 1)).squeeze(-1)
-
-
-def our_costs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Return costs by the head in pieces, [B, K, T]."""
-    return latent_token_stats(hidden, weight, targets, need_jsd=False)[0]
 
 
 def sharp_step(source: str, vocab: int) -> Callable[[], None]:
@@ -69,10 +58,11 @@ def main() -> None:
     given = options(__doc__ or "")
     width, layers, vocab = (32, 1, 997) if given.quick else (256, 4, 50257)
     figures = []
+    ours = partial(latent_token_stats, need_jsd=False)
     for sharp in (True, False):
         sides = {
             "naive": head_step(naive_costs, sharp, width, vocab),
-            "ours": head_step(our_costs, sharp, width, vocab),
+            "ours": head_step(ours, sharp, width, vocab),
         }
         best = seconds(sides, given.repeat)
         name = f"X1 head without divergence, K=4, {'sharp' if sharp else 'flat'} posterior"

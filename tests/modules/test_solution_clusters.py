@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from planted import K, centred, planted, unlike
+from planted import K, centred, planted, unlike_kinds
 from sklearn.metrics import adjusted_mutual_info_score
 
 from cvae_lightning.modules import solution_clusters
@@ -134,7 +134,7 @@ def test_a_rare_way_is_found():
 
 
 def test_every_environment_is_asked():
-    features, kind, _ = unlike()
+    features, kind, _ = unlike_kinds()
     views, mixed = {"hidden": centred(features)}, np.arange(64) // 8
     told = [cluster(views, K, 9, 0, groups).information for groups in ([mixed], [mixed, kind], [kind, mixed])]
     assert told[0] > 0.9

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from planted import K, centred, planted, swapping, unlike
+from planted import K, centred, planted, swapping, unlike_kinds
 from scipy.stats import multivariate_normal
 from sklearn.metrics import adjusted_mutual_info_score
 
@@ -98,7 +98,7 @@ def test_the_code_lengths_in_several_views_count_by_their_geometric_mean():
 
 
 def test_what_a_division_tells_is_that_of_the_worst_environment():
-    features, kind, truth = unlike()
+    features, kind, truth = unlike_kinds()
     points = centred(features).double().numpy()
     mixed, by_kind = ([Folds(points, groups.repeat(9))] for groups in (np.arange(64) // 8, kind))
     told = [tells(folds, truth.numpy(), K, 9) for folds in ([mixed], [by_kind], [mixed, by_kind], [by_kind, mixed])]
