@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from copy import copy
 from typing import Any, Literal
 
 import torch
@@ -150,6 +151,12 @@ class PromptTemplate:
         if self.max_length is None:
             return [False] * len(records)
         return [self.length(*segment) > self.max_length for segment in self.segments(records)]
+
+    def unlimited(self) -> PromptTemplate:
+        """Return the template without its limit of length, which is that of records."""
+        template = copy(self)
+        template.max_length = None
+        return template
 
     def collate(self, records: Sequence[Record]) -> PairBatch:
         """Return the batch of these records.

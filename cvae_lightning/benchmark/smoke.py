@@ -9,7 +9,7 @@ from cvae_lightning.benchmark.compose import class_name, set_option
 STEPS = 8
 ENTANGLED_STEPS = 30
 DATA = {"train_size": 2000, "val_size": 24, "test_size": 48, "batch_size": 16, "eval_batch_size": 48}
-SEEDING = {"num_inputs": 8, "num_solutions": 8, "posterior_steps": 4, "hold_steps": 4}
+SEEDING = {"num_inputs": 8, "num_solutions": 8, "posterior_steps": 4, "even_steps": 4, "hold_steps": 4}
 EVALUATION = {"num_examples": 4, "max_new_tokens": 24}
 
 

@@ -75,11 +75,12 @@ class AdaptedModule(LanguageModule):
         self._adapt(lm)
         return lm
 
-    def _adapt(self, lm: Any) -> None:
+    def _adapt(self, lm: Any, latents: bool = True) -> None:
         if self.lora is not None:
             self.lora.add_to(lm)
-        markers = list(self.template.marker_ids.values())
-        train_rows(lm, [*markers, *self.template.all_latent_ids], len(self.template))
+        rows = list(self.template.marker_ids.values())
+        size = len(self.template) if latents else max(rows) + 1
+        train_rows(lm, rows + self.template.all_latent_ids if latents else rows, size)
 
     def _add_marker_rows(self, lm: Any) -> None:
         """Give a foreign model rows for the markers, the same ones whenever it is loaded.

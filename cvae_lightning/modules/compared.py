@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from cvae_lightning.backbones.adaptation import sharing_copy
 from cvae_lightning.backbones.artifact import Baseline, check_c_base
 from cvae_lightning.backbones.causal_lm import load_causal_lm, load_tokenizer
 from cvae_lightning.modules.adapted import AdaptedModule
@@ -73,6 +75,14 @@ class ComparedModule(AdaptedModule):
         if self._frozen or self._reference[0].device != self.device:  # shared weights move by themselves, buffers not
             self._reference[0].to(self.device)
         return self._reference[0]
+
+    def entangled_copy(self) -> Any:
+        """Return a copy of the entangled model to be trained: as the generator is, but without latents."""
+        if self.adaptation == "full":
+            return deepcopy(self.reference()).requires_grad_(True)
+        lm = sharing_copy(self.reference())
+        self._adapt(lm, latents=False)
+        return lm
 
     @torch.no_grad()
     def baseline_nll(self, batch: PairBatch) -> Tensor:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import replace
 from itertools import cycle, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -16,11 +15,12 @@ from torch import Tensor, nn
 from cvae_lightning.backbones.causal_lm import evaluating
 from cvae_lightning.backbones.generation import generate_ids
 from cvae_lightning.backbones.solution_features import solution_features
+from cvae_lightning.modules.descent import descend
+from cvae_lightning.modules.evened import evened
 from cvae_lightning.modules.solution_clusters import cluster, combine, environments_of, spread
 from cvae_lightning.outputs import Record
 from cvae_lightning.progress import progress
 from cvae_lightning.spec import HasSpec
-from cvae_lightning.template import PromptTemplate
 
 if TYPE_CHECKING:
     from cvae_lightning.modules.discrete import SharedDiscreteCVAE
@@ -35,7 +35,9 @@ class LatentSeeding(HasSpec):
     divided cleanly, but latent k means one strategy here and another there. Which one training falls into is decided
     in its first steps, by what the first token of y happens to be. So they are not left to chance:
 
-    1. The entangled model solves each of ``num_inputs`` training inputs ``num_solutions`` times.
+    1. The entangled model solves each of ``num_inputs`` training inputs ``num_solutions`` times. Where it writes some
+       solutions of an input more often than others, a copy of it learns in ``even_steps`` to write them equally often,
+       and solves the inputs instead: or else clusters would be of common and of rare solutions, rather than of ways.
     2. What it does meanwhile, its hidden states and where it looks, less the mean over the solutions *of the same x*,
        keeps what differs between solutions of one input and loses the input itself. A strategy shifts it in the same
        direction for every x. An input that is always solved alike says nothing, and is left out.
@@ -52,6 +54,8 @@ class LatentSeeding(HasSpec):
         num_inputs: training records whose inputs are solved, each input once.
         num_solutions: solutions drawn for each of them, at least 2; a few times K.
         posterior_steps: optimizer steps of 64 solutions for the posterior network.
+        even_steps: optimizer steps of 64 solutions for the copy that writes an input's solutions equally often, where
+            the entangled model does not; 0 = never.
         hold_steps: training steps over which the seeds fade. Too few, and the exact posterior takes over where two
             latents write the same yet: it then swaps them for some kinds of inputs.
         leave_open: teach the posterior network that two solutions of an input which are taken for one way of solving,
@@ -68,6 +72,7 @@ class LatentSeeding(HasSpec):
         num_inputs: int = 1024,
         num_solutions: int = 16,
         posterior_steps: int = 400,
+        even_steps: int = 400,
         hold_steps: int = 400,
         leave_open: bool = True,
         seed: int | None = None,
@@ -76,6 +81,7 @@ class LatentSeeding(HasSpec):
             ("num_inputs", num_inputs, 1),
             ("num_solutions", num_solutions, 2),
             ("posterior_steps", posterior_steps, 1),
+            ("even_steps", even_steps, 0),
             ("hold_steps", hold_steps, 1),
         ):
             if value < least:
@@ -83,6 +89,7 @@ class LatentSeeding(HasSpec):
         self.num_inputs = num_inputs
         self.num_solutions = num_solutions
         self.posterior_steps = posterior_steps
+        self.even_steps = even_steps
         self.hold_steps = hold_steps
         self.leave_open = leave_open
         self.seed = seed
@@ -140,11 +147,15 @@ class LatentSeeding(HasSpec):
         every = (records[i] for i in range(len(records)))
         given = list(islice((r for r in every if not module.template.overflows([r])[0]), self.num_inputs))
         module.check_positions(module.template.collate(given))
-        solutions = solved_differently(self.solve(module, list(dict.fromkeys(record.x for record in given)), given))
+        asked = list(dict.fromkeys(record.x for record in given))
+        drawn = self.solve(module, asked, given)
+        even = evened(module, drawn, self.even_steps, self.run_seed, BATCH // 2) if self.even_steps else None
+        lm = module.reference() if even is None else even
+        solutions = solved_differently(drawn if even is None else self.solve(module, asked, given, even))
         xs = list(dict.fromkeys(solution.x for solution in solutions))
         found = None
         if xs:
-            features = solution_features(module.reference(), unlimited(module.template), solutions, BATCH // 2)
+            features = solution_features(lm, module.template.unlimited(), solutions, BATCH // 2)
             centred = {name: self.centre(view) for name, view in features.items()}
             tokens = [ids[mask].tolist() for ids, mask in zip(*module.template.prefixes(xs), strict=True)]
             places = environments_of(self.of_inputs(features), tokens, self.run_seed)
@@ -179,6 +190,8 @@ class LatentSeeding(HasSpec):
         if self.leave_open:
             shares = spread(shares, [solution.y for solution in solutions], self.num_solutions, found.ways)
         self.teach(module, solutions, shares)
+        if even is not None:
+            shares = self.read(module, solved_differently(drawn))
         return shares.sum(0).round().long()
 
     def centre(self, features: Tensor) -> Tensor:
@@ -200,31 +213,34 @@ class LatentSeeding(HasSpec):
         scales = [v.square().sum(-1).mean(0).sqrt().clamp_min(1e-9)[:, None] for v in varying]
         return torch.cat([(v / scale).flatten(1) for v, scale in zip(varying, scales, strict=True)], -1)
 
-    def solve(self, module: SharedDiscreteCVAE, xs: Sequence[str], given: Sequence[Record]) -> list[Record]:
-        """Return ``num_solutions`` solutions of each x in a row, drawn from the entangled model.
+    def solve(
+        self, module: SharedDiscreteCVAE, xs: Sequence[str], given: Sequence[Record], lm: Any = None
+    ) -> list[Record]:
+        """Return ``num_solutions`` solutions of each x in a row, drawn from ``lm``; None = the entangled model.
 
         A text may take more tokens than it was drawn in. One that the model cannot read any more gives way to another
         solution of the same x; an x without any is left out.
         """
-        template, reference = module.template, module.reference()
+        lm = module.reference() if lm is None else lm
+        template = module.template
         longest_y = max(len(y) for _, y in template.segments(given))
-        longest = getattr(reference.config, "max_position_embeddings", None) or 2**31
+        longest = getattr(lm.config, "max_position_embeddings", None) or 2**31
         generator = torch.Generator(module.device).manual_seed(self.run_seed)
         markers = template.marker_ids
-        rows = reference.get_output_embeddings().weight.shape[0]  # a padded table has some for the latents too
+        rows = lm.get_output_embeddings().weight.shape[0]  # a padded table has some for the latents too
         latents = [i for i in template.all_latent_ids if i < rows]
         banned = torch.tensor([markers[t] for t in markers if t != "</y>"] + latents, device=module.device)
         behind = 2 + len(template.eos)  # <y>, and what closes a solution that is cut off
         branch = torch.tensor([[markers["<y>"]]], device=module.device).expand(self.num_solutions, 1)
         texts: list[str] = []
-        with evaluating(reference):
+        with evaluating(lm):
             size = max(1, BATCH // self.num_solutions)
             for i in progress(range(0, len(xs), size), "seeding: solutions", module.shows_progress):
                 some = xs[i : i + size]
                 ids, mask = (t.to(module.device) for t in template.prefixes(some))
                 room = longest - ids.shape[1] - behind
                 ys = generate_ids(
-                    reference,
+                    lm,
                     ids,
                     mask,
                     template.end_id,
@@ -245,35 +261,30 @@ class LatentSeeding(HasSpec):
         return [replace(record, index=i) for i, record in enumerate(kept)]
 
     def teach(self, module: SharedDiscreteCVAE, solutions: Sequence[Record], targets: Tensor) -> None:
-        """Fit the posterior network to the clusters' shares of the solutions, [N, K], by cross-entropy.
-
-        The learning rate falls to zero: at the edges of the inputs the network stays wrong with one that does not.
-        """
-        parameters = [p for p in module.posterior_network.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=module.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, self.posterior_steps)
+        """Fit the posterior network to the clusters' shares of the solutions, [N, K], by cross-entropy."""
         source = torch.Generator().manual_seed(self.run_seed)
-        template = unlimited(module.template)
-        for _ in progress(range(self.posterior_steps), "seeding: posterior", module.shows_progress):
+        template = module.template.unlimited()
+
+        def loss() -> Tensor:
             rows = torch.randint(len(solutions), (64,), generator=source).tolist()
             batch = template.collate([solutions[i] for i in rows]).to(module.device)
-            wanted = targets[rows].to(module.device)
-            loss = -(wanted * module.amortized_posterior(batch)).sum(-1).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        optimizer.zero_grad()
+            return -(targets[rows].to(module.device) * module.amortized_posterior(batch)).sum(-1).mean()
+
+        network, bar = module.posterior_network, module.shows_progress
+        descend(network, loss, module.learning_rate, self.posterior_steps, "seeding: posterior", bar)
+
+    @torch.no_grad()
+    def read(self, module: SharedDiscreteCVAE, solutions: Sequence[Record]) -> Tensor:
+        """Return the posterior network's shares of the solutions, [N, K] fp32."""
+        template, found = module.template.unlimited(), []
+        with evaluating(module.posterior_network):
+            for start in range(0, len(solutions), BATCH // 2):
+                batch = template.collate(solutions[start : start + BATCH // 2]).to(module.device)
+                found.append(module.amortized_posterior(batch).float().exp().cpu())
+        return torch.cat(found)
 
 
 def solved_differently(solutions: Sequence[Record]) -> list[Record]:
     """Return the solutions of the inputs that have at least two different ones: the others tell ways apart by noise."""
     different = Counter(x for x, _ in {(solution.x, solution.y) for solution in solutions})
     return [solution for solution in solutions if different[solution.x] > 1]
-
-
-def unlimited(template: PromptTemplate) -> PromptTemplate:
-    """Return the template without its limit of length, which is that of records."""
-    template = copy(template)
-    template.max_length = None
-    return template

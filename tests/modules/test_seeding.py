@@ -552,7 +552,13 @@ def test_the_command_line_seeds(tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize(
     ("name", "value", "least"),
-    [("num_inputs", 0, 1), ("num_solutions", 1, 2), ("posterior_steps", 0, 1), ("hold_steps", -3, 1)],
+    [
+        ("num_inputs", 0, 1),
+        ("num_solutions", 1, 2),
+        ("posterior_steps", 0, 1),
+        ("even_steps", -1, 0),
+        ("hold_steps", -3, 1),
+    ],
 )
 def test_bad_numbers_are_named(name, value, least):
     with pytest.raises(ValueError, match=rf"seeding\.{name} must be at least {least}, got {value}"):

@@ -1,0 +1,110 @@
+"""A copy of the entangled model that writes the solutions of an input equally often."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from math import exp, log
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from cvae_lightning.backbones.causal_lm import evaluating
+from cvae_lightning.modules.descent import descend
+from cvae_lightning.outputs import Record
+
+if TYPE_CHECKING:
+    from cvae_lightning.modules.discrete import SharedDiscreteCVAE
+
+ACCIDENT = 0.05
+"""Probability, as a share of that of the input's most probable solution, below which a solution may be a mistake."""
+UNEVEN = 0.1
+"""Nats from equal frequencies that are put up with."""
+COVERED = 0.5
+"""Probability of an input's solutions, all in all, that makes them a list of what there is to write."""
+
+
+def evened(
+    module: SharedDiscreteCVAE, solutions: Sequence[Record], steps: int, seed: int, batch_size: int
+) -> Any | None:
+    """Return a copy of the entangled model that was taught to write each solution of an input equally often.
+
+    Whether a solution is the commoner or the rarer one of its input shows in all that a model does. Clusters would go
+    by it rather than by the ways of solving, where which way is the commoner depends on x.
+
+    Args:
+        module: holds the entangled model; the copy is trained as its generator is.
+        solutions: drawn from the entangled model.
+        steps: optimizer steps of 64 solutions.
+        seed: of the solutions' order.
+        batch_size: solutions read at a time.
+
+    Returns:
+        None where the solutions of an input are about equally frequent as they are.
+    """
+    ways = probabilities(module, solutions, batch_size)
+    found = unevenness(ways)
+    if found < UNEVEN:
+        return None
+    rank_zero_info(
+        f"seeding: the entangled model writes the solutions of an input unequally often, {found:.3f} nats from "
+        f"equally; a copy of it learns to write them alike"
+    )
+    lm = module.entangled_copy()
+    likely = [[Record(x, y) for y in common(ps)] for x, ps in ways.items()]
+    source = torch.Generator().manual_seed(seed)
+
+    def loss() -> torch.Tensor:
+        inputs = torch.randint(len(likely), (64,), generator=source).tolist()
+        places = torch.rand(64, generator=source).tolist()
+        rows = [likely[i][int(u * len(likely[i]))] for i, u in zip(inputs, places, strict=True)]
+        batch = module.template.unlimited().collate(rows).to(module.device)
+        return module.free_token_nll(lm, batch).sum() / batch.y_mask.sum()
+
+    with evaluating(lm):
+        descend(lm, loss, module.learning_rate, steps, "seeding: even model", module.shows_progress)
+    return lm.requires_grad_(False)
+
+
+@torch.no_grad()
+def probabilities(
+    module: SharedDiscreteCVAE, solutions: Sequence[Record], batch_size: int
+) -> dict[str, dict[str, float]]:
+    """Return p(y|x) under the entangled model of every different solution y of every x."""
+    different = list(dict.fromkeys((record.x, record.y) for record in solutions))
+    found: defaultdict[str, dict[str, float]] = defaultdict(dict)
+    lm, template = module.reference(), module.template.unlimited()
+    with evaluating(lm):
+        for start in range(0, len(different), batch_size):
+            some = different[start : start + batch_size]
+            batch = template.collate([Record(x, y) for x, y in some]).to(module.device)
+            nll = module.free_token_nll(lm, batch).sum(-1).tolist()
+            for (x, y), nats in zip(some, nll, strict=True):
+                found[x][y] = exp(-nats)
+    return dict(found)
+
+
+def common(ps: Mapping[str, float]) -> dict[str, float]:
+    """Return the solutions of an input that are no accidents, and their probabilities."""
+    least = ACCIDENT * max(ps.values())
+    return {y: p for y, p in ps.items() if p >= least}
+
+
+def unevenness(ways: Mapping[str, Mapping[str, float]]) -> float:
+    """Return how far the probabilities of an input's solutions are from equal ones: log(number) - entropy, in nats.
+
+    The mean over inputs with several solutions that are no accidents. Zero where those drawn are not most of what there
+    is to write, as with longer texts: which of them are common is not known then.
+    """
+    listed = [common(ps) for ps in ways.values() if sum(ps.values()) >= COVERED]
+    if 2 * len(listed) < len(ways):
+        return 0.0
+    found = [log(len(ps)) - entropy(list(ps.values())) for ps in listed if len(ps) > 1]
+    return sum(found) / max(1, len(found))
+
+
+def entropy(weights: Sequence[float]) -> float:
+    """Return the entropy of weights that are scaled to sum to 1, in nats."""
+    total = sum(weights)
+    return -sum(w / total * log(w / total) for w in weights)

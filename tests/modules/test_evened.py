@@ -1,0 +1,201 @@
+"""Seeding from an entangled model that writes some solutions of an input more often than others."""
+
+from math import log
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import CONFIGS, TinyData, tiny_artifact, tiny_tokenizer
+
+from cvae_lightning import LatentSeeding, SharedDiscreteCVAE
+from cvae_lightning.backbones.artifact import Baseline, save_artifact
+from cvae_lightning.backbones.causal_lm import build_causal_lm
+from cvae_lightning.losses import FreeEnergyLoss, PosteriorDistillationLoss
+from cvae_lightning.modules import solution_clusters
+from cvae_lightning.modules.descent import descend
+from cvae_lightning.modules.evened import common, evened, probabilities, unevenness
+from cvae_lightning.outputs import Record
+from cvae_lightning.template import PromptTemplate
+
+XS = [f"{a}{b}" for a in range(10) for b in range(10) if a != b]
+COMMON, RARE = 7, 1
+"""How often the data has one solution of an input, and the other."""
+
+
+def ways_of(x):
+    """Two ways to solve x; the first digit of it says which of them is the commoner one."""
+    ways = ["=1", "2;"]
+    return ways if int(x[0]) % 2 else ways[::-1]
+
+
+SKEWED = [Record(x, y) for x in XS for y, often in zip(ways_of(x), (COMMON, RARE), strict=True) for _ in range(often)]
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """An entangled model trained on such data."""
+    template = PromptTemplate(tiny_tokenizer())
+    torch.manual_seed(0)
+    config = CONFIGS["llama"] | {"hidden_size": 32, "intermediate_size": 64}
+    lm = build_causal_lm(config, len(template), template.pad_id)
+    source = torch.Generator().manual_seed(0)
+
+    def loss():
+        rows = torch.randint(len(SKEWED), (64,), generator=source).tolist()
+        batch = template.collate([SKEWED[i] for i in rows])
+        opened = torch.full_like(batch.y_ids[:, :1], template.marker_ids["<y>"])
+        ids = torch.cat([batch.prefix_ids, opened, batch.y_ids], -1)
+        mask = torch.cat([batch.prefix_mask, opened.bool(), batch.y_mask], -1)
+        said = torch.cat([torch.zeros_like(batch.prefix_mask), ~opened.bool(), batch.y_mask], -1)
+        return lm(ids, attention_mask=mask.long(), labels=ids.masked_fill(~said, -100)).loss
+
+    descend(lm, loss, 3e-3, 300, "", False)
+    folder = tmp_path_factory.mktemp("uneven")
+    save_artifact(folder, lm, template.tokenizer, Baseline(1.0, 10, "-", template.fingerprint()))
+    return str(folder)
+
+
+def build(artifact, seeding=None, **options):
+    torch.manual_seed(3)
+    losses = {"free_energy_loss": FreeEnergyLoss(), "distillation": PosteriorDistillationLoss()}
+    return SharedDiscreteCVAE(artifact, losses, 2, seeding=seeding, learning_rate=1e-2, **options)
+
+
+def small(**options):
+    return LatentSeeding(**{"seed": 0, "num_solutions": 12, "posterior_steps": 60, "even_steps": 100, **options})
+
+
+@pytest.fixture
+def few_divisions(monkeypatch):
+    monkeypatch.setattr(solution_clusters, "STARTS", 1)
+    monkeypatch.setattr(solution_clusters, "REFINED", 4)
+
+
+class Alone:
+    """What seeding reads of a trainer of one process."""
+
+    is_global_zero, progress_bar_callback, global_step = True, None, 0
+    strategy = SimpleNamespace(broadcast=lambda value: value)
+
+    def __init__(self, xs):
+        self.datamodule = TinyData([Record(x, ways_of(x)[0]) for x in xs])
+
+
+def start(model, xs=XS):
+    """Seed a model that no Trainer trains."""
+    model._trainer = Alone(xs)
+    model.train()
+    model.on_train_start()
+    return model
+
+
+def frequencies(model, lm=None):
+    """Probabilities of the commoner and the rarer way of every input, [X, 2]."""
+    if lm is not None:
+        model._reference[:] = [lm]
+    both = [Record(x, y) for x in XS for y in ways_of(x)]
+    found = probabilities(model, both, 16)
+    return torch.tensor([[found[x][y] for y in ways_of(x)] for x in XS])
+
+
+# How uneven.
+
+
+def test_unevenness_is_the_divergence_from_equal_frequencies():
+    assert unevenness({"a": {"1": 0.4, "2": 0.4}, "b": {"1": 0.3, "2": 0.3, "3": 0.3}}) == pytest.approx(0)
+    skewed = {"1": 0.6, "2": 0.3}  # of 0.9: two thirds and one third
+    expected = log(2) + (2 / 3) * log(2 / 3) + (1 / 3) * log(1 / 3)
+    assert unevenness({"a": skewed}) == pytest.approx(expected)
+    assert unevenness({"a": skewed, "b": {"1": 0.5, "2": 0.5}}) == pytest.approx(expected / 2)
+    assert unevenness({"a": skewed, "b": {"1": 1.0}}) == pytest.approx(expected)  # one solution: nothing to compare
+
+
+def test_accidents_are_not_rare_solutions():
+    assert common({"1": 0.5, "2": 0.025, "3": 0.0249}) == {"1": 0.5, "2": 0.025}
+    mistakes = {f"mistake {i}": 0.01 for i in range(20)}
+    assert unevenness({"a": {"1": 0.4, "2": 0.4, **mistakes}}) == pytest.approx(0)
+
+
+def test_solutions_that_are_not_listed_say_nothing_of_frequencies():
+    """Of longer texts every one is drawn once, and each has a small probability of its own."""
+    texts = {f"text {i}": 10.0**-i for i in range(2, 12)}
+    skewed = {"1": 0.6, "2": 0.3}
+    assert unevenness({"a": texts, "b": texts}) == 0
+    assert unevenness({"a": texts, "b": texts, "c": skewed}) == 0
+    assert unevenness({"a": texts, "b": skewed}) == unevenness({"b": skewed})
+    assert unevenness({"a": {"1": 0.0, "2": 0.0}}) == 0
+    assert unevenness({}) == 0
+
+
+def test_probabilities_are_the_models(uneven):
+    model = build(uneven)
+    solutions = [Record("12", "=1"), Record("12", "=1"), Record("31", "1"), Record("12", "2;")]
+    found = probabilities(model, solutions, 2)
+    assert {x: list(ps) for x, ps in found.items()} == {"12": ["=1", "2;"], "31": ["1"]}
+    for x, ps in found.items():
+        for y, p in ps.items():
+            nll = model.free_token_nll(model.reference(), model.template.collate([Record(x, y)]))
+            assert p == pytest.approx(float((-nll.sum()).exp()), rel=1e-4)
+
+
+# The copy.
+
+
+@pytest.mark.parametrize("adaptation", ["full", "lora"])
+def test_a_copy_learns_equal_frequencies(uneven, adaptation):
+    if adaptation == "lora":
+        pytest.importorskip("peft")
+    model = build(uneven, adaptation=adaptation)
+    before = {name: value.clone() for name, value in model.reference().state_dict().items()}
+    was = frequencies(model)
+    assert was[:, 0].median() > 0.8
+    copy = evened(model, [Record(x, y) for x in XS for y in ways_of(x)], 100, 0, 16)
+    assert not any(p.requires_grad or p.grad is not None for p in copy.parameters())
+    after = model.reference().state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    now = frequencies(model, copy)
+    assert now.sum(-1).median() > 0.9
+    assert (now[:, 0] / now.sum(-1) - 0.5).abs().median() < 0.1
+    rows = model.template.marker_ids.values()
+    assert copy.get_output_embeddings().weight.shape[0] == max(rows) + 1  # none for latents
+
+
+def test_equal_frequencies_are_left_alone(uneven, monkeypatch):
+    model = build(uneven)
+    alone = [Record(x, ways_of(x)[0]) for x in XS]
+    monkeypatch.setattr(model, "entangled_copy", lambda: pytest.fail("a copy was made"))
+    assert evened(model, alone, 10, 0, 16) is None
+
+
+# Seeding.
+
+
+@pytest.mark.parametrize("even_steps", [0, 100])
+def test_seeds_are_ways_and_not_what_is_common(uneven, few_divisions, monkeypatch, caplog, even_steps):
+    taught = []
+    monkeypatch.setattr(LatentSeeding, "teach", lambda seeding, model, *what: taught.append(what))
+    start(build(uneven, small(leave_open=False, even_steps=even_steps)))
+    ((solutions, targets),) = taught
+    common_one = [r.y == ways_of(r.x)[0] for r in solutions]
+    assert (0.4 < sum(common_one) / len(solutions) < 0.6) == (even_steps > 0)
+    assert ("a copy of it learns to write them alike" in caplog.text) == (even_steps > 0)
+    way = torch.tensor([r.y.startswith("=") for r in solutions])
+    right = float((targets.argmax(-1) == way).float().mean())
+    assert (max(right, 1 - right) > 0.95) == (even_steps > 0)
+
+
+def test_seeds_are_counted_as_the_entangled_model_writes_them(uneven, few_divisions):
+    """Inputs of which one way is the commoner: the copy writes both alike, the entangled model does not."""
+    odd = [x for x in XS if int(x[0]) % 2]
+    without, model = (start(build(uneven, small(even_steps=steps)), odd) for steps in (0, 100))
+    assert without.seed_shares.max() == pytest.approx(float(model.seed_shares.max()), abs=0.06)
+    assert model.seed_shares.max() > 0.65
+    sizes = torch.bincount(model.seeding.clusters, minlength=2) / len(model.seeding.clusters)
+    assert sizes.max() < 0.6
+
+
+def test_without_a_list_of_what_there_is_to_write_there_is_no_copy(tmp_path):
+    """An untrained model, which hardly writes anything twice."""
+    model = build(tiny_artifact(tmp_path))
+    assert evened(model, [Record(x, y) for x in XS[:4] for y in ("1", "2")], 1, 0, 8) is None
