@@ -141,7 +141,7 @@ def test_probabilities_are_the_models(uneven):
 # The copy.
 
 
-@pytest.mark.parametrize("adaptation", ["full", "lora"])
+@pytest.mark.parametrize("adaptation", ["full", "lora", "frozen"])
 def test_a_copy_learns_equal_frequencies(uneven, adaptation):
     if adaptation == "lora":
         pytest.importorskip("peft")
@@ -171,14 +171,14 @@ def test_equal_frequencies_are_left_alone(uneven, monkeypatch):
 # Seeding.
 
 
-@pytest.mark.parametrize("even_steps", [0, 100])
-def test_seeds_are_ways_and_not_what_is_common(uneven, few_divisions, monkeypatch, caplog, even_steps):
+@pytest.mark.parametrize(("even_steps", "adaptation"), [(0, "full"), (100, "full"), (100, "frozen")])
+def test_seeds_are_ways_and_not_what_is_common(uneven, few_divisions, monkeypatch, caplog, even_steps, adaptation):
     taught = []
     monkeypatch.setattr(LatentSeeding, "teach", lambda seeding, model, *what: taught.append(what))
-    start(build(uneven, small(leave_open=False, even_steps=even_steps)))
+    start(build(uneven, small(leave_open=False, even_steps=even_steps), adaptation=adaptation))
     ((solutions, targets),) = taught
     common_one = [r.y == ways_of(r.x)[0] for r in solutions]
-    assert (0.4 < sum(common_one) / len(solutions) < 0.6) == (even_steps > 0)
+    assert (0.35 < sum(common_one) / len(solutions) < 0.65) == (even_steps > 0)
     assert ("a copy of it learns to write them alike" in caplog.text) == (even_steps > 0)
     way = torch.tensor([r.y.startswith("=") for r in solutions])
     right = float((targets.argmax(-1) == way).float().mean())
