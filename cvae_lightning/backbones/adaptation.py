@@ -35,7 +35,7 @@ class TokenRows(nn.Module):
         inside = sorted(row for row in rows if row < len(table))
         behind = table.float().mean(0).to(table.dtype).expand(max(0, size - len(table)), -1)
         self.values = nn.Parameter(torch.cat([table[inside], behind]))
-        self.register_buffer("places", torch.tensor(inside, dtype=torch.int64), persistent=False)
+        self.register_buffer("places", torch.tensor(inside, dtype=torch.int64, device=table.device), persistent=False)
         self.behind = len(behind)
         self.index = {row: i for i, row in enumerate([*inside, *range(len(table), size)])}
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from math import exp, log
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from cvae_lightning.backbones.causal_lm import evaluating
 from cvae_lightning.modules.descent import descend
@@ -23,6 +24,11 @@ UNEVEN = 0.1
 """Nats from equal frequencies that are put up with."""
 COVERED = 0.5
 """Probability of an input's solutions, all in all, that makes them a list of what there is to write."""
+SEVERAL = 0.05
+"""Share of the inputs that must have several solutions for their frequencies to matter."""
+
+Ways = Mapping[str, Mapping[str, float]]
+"""Of every input its different solutions and their probabilities."""
 
 
 def evened(
@@ -33,6 +39,9 @@ def evened(
     Whether a solution is the commoner or the rarer one of its input shows in all that a model does. Clusters would go
     by it rather than by the ways of solving, where which way is the commoner depends on x.
 
+    It learns from the inputs whose solutions leave least out of what there is to write: others would teach it never to
+    write what was not drawn.
+
     Args:
         module: holds the entangled model; the copy is trained as its generator is.
         solutions: drawn from the entangled model.
@@ -41,40 +50,52 @@ def evened(
         batch_size: solutions read at a time.
 
     Returns:
-        None where the solutions of an input are about equally frequent as they are.
+        None where the solutions of an input are about equally frequent as they are, or cannot be listed, and with a
+        warning where the copy did not learn it.
     """
-    ways = probabilities(module, solutions, batch_size)
-    found = unevenness(ways)
-    if found < UNEVEN:
+    ways = probabilities(module, module.reference(), solutions, batch_size)
+    before = unevenness(ways)
+    if before < UNEVEN:
         return None
-    rank_zero_info(
-        f"seeding: the entangled model writes the solutions of an input unequally often, {found:.3f} nats from "
-        f"equally; a copy of it learns to write them alike"
-    )
+    several = {x: ps for x, ps in listed(ways).items() if len(common(ps)) > 1}
+    left_out = {x: max(0.0, 1 - sum(ps.values())) for x, ps in several.items()}
+    most = 2 * median(left_out.values())
+    full = {x: ps for x, ps in several.items() if left_out[x] <= most}
+    likely = [[Record(x, y) for y in common(ps)] for x, ps in full.items()]
     lm = module.entangled_copy()
-    likely = [[Record(x, y) for y in common(ps)] for x, ps in ways.items()]
     source = torch.Generator().manual_seed(seed)
+    template = module.template.unlimited()
 
     def loss() -> torch.Tensor:
         inputs = torch.randint(len(likely), (64,), generator=source).tolist()
         places = torch.rand(64, generator=source).tolist()
         rows = [likely[i][int(u * len(likely[i]))] for i, u in zip(inputs, places, strict=True)]
-        batch = module.template.unlimited().collate(rows).to(module.device)
+        batch = template.collate(rows).to(module.device)
         return module.free_token_nll(lm, batch).sum() / batch.y_mask.sum()
 
     with evaluating(lm):
         descend(lm, loss, module.learning_rate, steps, "seeding: even model", module.shows_progress)
+    learned = probabilities(module, lm, [record for rows in likely for record in rows], batch_size)
+    after = unevenness(learned)
+    said = f"the entangled model writes the solutions of an input unequally often, {before:.3f} nats from equally"
+    if after > unevenness(full) / 2 or len(listed(learned)) < 0.9 * len(learned):
+        rank_zero_warn(
+            f"seeding: {said}, and a copy of it did not learn to write them alike in {steps} steps: the latents may "
+            "come to mean common and rare solutions. Another model.learning_rate, or more seeding.even_steps, may help."
+        )
+        return None
+    rank_zero_info(f"seeding: {said}; a copy that learned to write them alike, {after:.3f} nats, solves the inputs")
     return lm.requires_grad_(False)
 
 
 @torch.no_grad()
 def probabilities(
-    module: SharedDiscreteCVAE, solutions: Sequence[Record], batch_size: int
+    module: SharedDiscreteCVAE, lm: Any, solutions: Sequence[Record], batch_size: int
 ) -> dict[str, dict[str, float]]:
-    """Return p(y|x) under the entangled model of every different solution y of every x."""
+    """Return p(y|x) under a causal LM of every different solution y of every x."""
     different = list(dict.fromkeys((record.x, record.y) for record in solutions))
     found: defaultdict[str, dict[str, float]] = defaultdict(dict)
-    lm, template = module.reference(), module.template.unlimited()
+    template = module.template.unlimited()
     with evaluating(lm):
         for start in range(0, len(different), batch_size):
             some = different[start : start + batch_size]
@@ -85,23 +106,28 @@ def probabilities(
     return dict(found)
 
 
+def listed(ways: Ways) -> dict[str, Mapping[str, float]]:
+    """Return the inputs whose solutions are most of what there is to write."""
+    return {x: ps for x, ps in ways.items() if sum(ps.values()) >= COVERED}
+
+
 def common(ps: Mapping[str, float]) -> dict[str, float]:
     """Return the solutions of an input that are no accidents, and their probabilities."""
     least = ACCIDENT * max(ps.values())
     return {y: p for y, p in ps.items() if p >= least}
 
 
-def unevenness(ways: Mapping[str, Mapping[str, float]]) -> float:
+def unevenness(ways: Ways) -> float:
     """Return how far the probabilities of an input's solutions are from equal ones: log(number) - entropy, in nats.
 
-    The mean over inputs with several solutions that are no accidents. Zero where those drawn are not most of what there
-    is to write, as with longer texts: which of them are common is not known then.
+    The mean over inputs with several solutions that are no accidents. Zero where there are hardly any of these, or
+    where those drawn are not most of what there is to write, as with longer texts: which are common is not known then.
     """
-    listed = [common(ps) for ps in ways.values() if sum(ps.values()) >= COVERED]
-    if 2 * len(listed) < len(ways):
+    known = listed(ways)
+    found = [log(len(ps)) - entropy(list(ps.values())) for ps in map(common, known.values()) if len(ps) > 1]
+    if 2 * len(known) < len(ways) or len(found) < max(1, SEVERAL * len(known)):
         return 0.0
-    found = [log(len(ps)) - entropy(list(ps.values())) for ps in listed if len(ps) > 1]
-    return sum(found) / max(1, len(found))
+    return sum(found) / len(found)
 
 
 def entropy(weights: Sequence[float]) -> float:

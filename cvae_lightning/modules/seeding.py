@@ -17,7 +17,7 @@ from cvae_lightning.backbones.generation import generate_ids
 from cvae_lightning.backbones.solution_features import solution_features
 from cvae_lightning.modules.descent import descend
 from cvae_lightning.modules.evened import evened
-from cvae_lightning.modules.solution_clusters import cluster, combine, environments_of, spread
+from cvae_lightning.modules.solution_clusters import Clusters, cluster, combine, environments_of, spread
 from cvae_lightning.outputs import Record
 from cvae_lightning.progress import progress
 from cvae_lightning.spec import HasSpec
@@ -54,14 +54,14 @@ class LatentSeeding(HasSpec):
         num_inputs: training records whose inputs are solved, each input once.
         num_solutions: solutions drawn for each of them, at least 2; a few times K.
         posterior_steps: optimizer steps of 64 solutions for the posterior network.
-        even_steps: optimizer steps of 64 solutions for the copy that writes an input's solutions equally often, where
-            the entangled model does not; 0 = never.
         hold_steps: training steps over which the seeds fade. Too few, and the exact posterior takes over where two
             latents write the same yet: it then swaps them for some kinds of inputs.
         leave_open: teach the posterior network that two solutions of an input which are taken for one way of solving,
             while another way has none, may be of either. Else it learns the clusters as they are, and training may
             never separate the two.
         seed: of sampling and clustering; null = the run's own (``seed_everything``).
+        even_steps: optimizer steps of 64 solutions for the copy that writes an input's solutions equally often, where
+            the entangled model does not; it takes the memory of training that model. 0 = never.
 
     Raises:
         ValueError: if a number is out of range.
@@ -72,10 +72,10 @@ class LatentSeeding(HasSpec):
         num_inputs: int = 1024,
         num_solutions: int = 16,
         posterior_steps: int = 400,
-        even_steps: int = 400,
         hold_steps: int = 400,
         leave_open: bool = True,
         seed: int | None = None,
+        even_steps: int = 400,
     ) -> None:
         for name, value, least in (
             ("num_inputs", num_inputs, 1),
@@ -136,9 +136,9 @@ class LatentSeeding(HasSpec):
         return counts
 
     def seed_posterior(self, module: SharedDiscreteCVAE) -> Tensor | None:
-        """Teach the posterior network the clusters; return their shares of the solutions [K], in solutions.
+        """Teach the posterior network the clusters; return their shares of the entangled model's solutions, [K].
 
-        None where fewer than K solutions differ.
+        In solutions, of the inputs that are solved differently. None where fewer than K solutions differ.
 
         Raises:
             ValueError: if a record is longer than the model can read.
@@ -148,25 +148,13 @@ class LatentSeeding(HasSpec):
         given = list(islice((r for r in every if not module.template.overflows([r])[0]), self.num_inputs))
         module.check_positions(module.template.collate(given))
         asked = list(dict.fromkeys(record.x for record in given))
-        drawn = self.solve(module, asked, given)
+        solutions = drawn = self.solve(module, asked, given)
         even = evened(module, drawn, self.even_steps, self.run_seed, BATCH // 2) if self.even_steps else None
-        lm = module.reference() if even is None else even
-        solutions = solved_differently(drawn if even is None else self.solve(module, asked, given, even))
-        xs = list(dict.fromkeys(solution.x for solution in solutions))
-        found = None
-        if xs:
-            features = solution_features(lm, module.template.unlimited(), solutions, BATCH // 2)
-            centred = {name: self.centre(view) for name, view in features.items()}
-            tokens = [ids[mask].tolist() for ids, mask in zip(*module.template.prefixes(xs), strict=True)]
-            places = environments_of(self.of_inputs(features), tokens, self.run_seed)
-            found = cluster(
-                combine(centred),
-                module.num_latents,
-                self.num_solutions,
-                self.run_seed,
-                places,
-                bar=module.shows_progress,
-            )
+        if even is not None:
+            solutions = self.solve(module, asked, given, even)
+        solutions = solved_differently(solutions)
+        found = self.divide(module, module.reference() if even is None else even, solutions)
+        was_uneven, even = even is not None, None  # lets go of the copy
         if found is None:
             rank_zero_warn(
                 "seeding found fewer than K different solutions: the entangled model solves every input in one way, "
@@ -190,9 +178,22 @@ class LatentSeeding(HasSpec):
         if self.leave_open:
             shares = spread(shares, [solution.y for solution in solutions], self.num_solutions, found.ways)
         self.teach(module, solutions, shares)
-        if even is not None:
-            shares = self.read(module, solved_differently(drawn))
+        if was_uneven:
+            taught = {solution.x for solution in solutions}
+            shares = self.read(module, [solution for solution in drawn if solution.x in taught])
         return shares.sum(0).round().long()
+
+    def divide(self, module: SharedDiscreteCVAE, lm: Any, solutions: Sequence[Record]) -> Clusters | None:
+        """Divide solutions, M of an input in a row, by what a causal LM does while it writes them."""
+        if not solutions:
+            return None
+        xs = list(dict.fromkeys(solution.x for solution in solutions))
+        features = solution_features(lm, module.template.unlimited(), solutions, BATCH // 2)
+        centred = {name: self.centre(view) for name, view in features.items()}
+        tokens = [ids[mask].tolist() for ids, mask in zip(*module.template.prefixes(xs), strict=True)]
+        places = environments_of(self.of_inputs(features), tokens, self.run_seed)
+        count, group, bar = module.num_latents, self.num_solutions, module.shows_progress
+        return cluster(combine(centred), count, group, self.run_seed, places, bar=bar)
 
     def centre(self, features: Tensor) -> Tensor:
         """Return features [N * M, layers, D] less their mean over the M solutions of an input, [N * M, layers * D].

@@ -1,5 +1,8 @@
 """Seeding from an entangled model that writes some solutions of an input more often than others."""
 
+import math
+import warnings
+from copy import deepcopy
 from math import log
 from types import SimpleNamespace
 
@@ -11,38 +14,39 @@ from cvae_lightning import LatentSeeding, SharedDiscreteCVAE
 from cvae_lightning.backbones.artifact import Baseline, save_artifact
 from cvae_lightning.backbones.causal_lm import build_causal_lm
 from cvae_lightning.losses import FreeEnergyLoss, PosteriorDistillationLoss
+from cvae_lightning.modules import evened as module_of_evened
+from cvae_lightning.modules import seeding as module_of_seeding
 from cvae_lightning.modules import solution_clusters
 from cvae_lightning.modules.descent import descend
 from cvae_lightning.modules.evened import common, evened, probabilities, unevenness
+from cvae_lightning.modules.seeding import solved_differently
 from cvae_lightning.outputs import Record
 from cvae_lightning.template import PromptTemplate
 
 XS = [f"{a}{b}" for a in range(10) for b in range(10) if a != b]
-COMMON, RARE = 7, 1
-"""How often the data has one solution of an input, and the other."""
+WAYS = ["=1", "2;"]
 
 
 def ways_of(x):
-    """Two ways to solve x; the first digit of it says which of them is the commoner one."""
-    ways = ["=1", "2;"]
-    return ways if int(x[0]) % 2 else ways[::-1]
+    """The commoner way to solve x and the rarer one, by the first digit of x."""
+    return WAYS if int(x[0]) % 2 else WAYS[::-1]
 
 
-SKEWED = [Record(x, y) for x in XS for y, often in zip(ways_of(x), (COMMON, RARE), strict=True) for _ in range(often)]
+BOTH = [Record(x, y) for x in XS for y in ways_of(x)]
 
 
-@pytest.fixture(scope="module")
-def uneven(tmp_path_factory):
-    """An entangled model trained on such data."""
+def uneven_artifact(folder, ratio):
+    """An entangled model trained on data that have one of two solutions so many times as often as the other."""
     template = PromptTemplate(tiny_tokenizer())
     torch.manual_seed(0)
     config = CONFIGS["llama"] | {"hidden_size": 32, "intermediate_size": 64}
     lm = build_causal_lm(config, len(template), template.pad_id)
+    records = [Record(x, y) for x in XS for y, often in zip(ways_of(x), (ratio, 1), strict=True) for _ in range(often)]
     source = torch.Generator().manual_seed(0)
 
     def loss():
-        rows = torch.randint(len(SKEWED), (64,), generator=source).tolist()
-        batch = template.collate([SKEWED[i] for i in rows])
+        rows = torch.randint(len(records), (64,), generator=source).tolist()
+        batch = template.collate([records[i] for i in rows])
         opened = torch.full_like(batch.y_ids[:, :1], template.marker_ids["<y>"])
         ids = torch.cat([batch.prefix_ids, opened, batch.y_ids], -1)
         mask = torch.cat([batch.prefix_mask, opened.bool(), batch.y_mask], -1)
@@ -50,9 +54,13 @@ def uneven(tmp_path_factory):
         return lm(ids, attention_mask=mask.long(), labels=ids.masked_fill(~said, -100)).loss
 
     descend(lm, loss, 3e-3, 300, "", False)
-    folder = tmp_path_factory.mktemp("uneven")
     save_artifact(folder, lm, template.tokenizer, Baseline(1.0, 10, "-", template.fingerprint()))
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    return uneven_artifact(tmp_path_factory.mktemp("uneven"), 7)
 
 
 def build(artifact, seeding=None, **options):
@@ -89,12 +97,9 @@ def start(model, xs=XS):
     return model
 
 
-def frequencies(model, lm=None):
+def frequencies(model, lm):
     """Probabilities of the commoner and the rarer way of every input, [X, 2]."""
-    if lm is not None:
-        model._reference[:] = [lm]
-    both = [Record(x, y) for x in XS for y in ways_of(x)]
-    found = probabilities(model, both, 16)
+    found = probabilities(model, lm, BOTH, 16)
     return torch.tensor([[found[x][y] for y in ways_of(x)] for x in XS])
 
 
@@ -124,13 +129,23 @@ def test_solutions_that_are_not_listed_say_nothing_of_frequencies():
     assert unevenness({"a": texts, "b": texts, "c": skewed}) == 0
     assert unevenness({"a": texts, "b": skewed}) == unevenness({"b": skewed})
     assert unevenness({"a": {"1": 0.0, "2": 0.0}}) == 0
+    assert unevenness({"a": {"1": math.nan, "2": 0.5}}) == 0
     assert unevenness({}) == 0
+    assert unevenness({"a": {"1": 0.33, "2": 0.16}}) == 0  # half of it is not listed
+    assert unevenness({"a": {"1": 0.34, "2": 0.17}}) > 0
+
+
+def test_a_few_inputs_with_several_solutions_do_not_matter():
+    alone = {f"{i}": {"1": 1.0} for i in range(19)}
+    skewed = {"1": 0.6, "2": 0.3}
+    assert unevenness(alone | {"a": skewed}) == unevenness({"a": skewed})
+    assert unevenness(alone | {"b": {"1": 1.0}, "a": skewed}) == 0
 
 
 def test_probabilities_are_the_models(uneven):
     model = build(uneven)
     solutions = [Record("12", "=1"), Record("12", "=1"), Record("31", "1"), Record("12", "2;")]
-    found = probabilities(model, solutions, 2)
+    found = probabilities(model, model.reference(), solutions, 2)
     assert {x: list(ps) for x, ps in found.items()} == {"12": ["=1", "2;"], "31": ["1"]}
     for x, ps in found.items():
         for y, p in ps.items():
@@ -147,9 +162,8 @@ def test_a_copy_learns_equal_frequencies(uneven, adaptation):
         pytest.importorskip("peft")
     model = build(uneven, adaptation=adaptation)
     before = {name: value.clone() for name, value in model.reference().state_dict().items()}
-    was = frequencies(model)
-    assert was[:, 0].median() > 0.8
-    copy = evened(model, [Record(x, y) for x in XS for y in ways_of(x)], 100, 0, 16)
+    assert frequencies(model, model.reference())[:, 0].median() > 0.8
+    copy = evened(model, BOTH, 100, 0, 16)
     assert not any(p.requires_grad or p.grad is not None for p in copy.parameters())
     after = model.reference().state_dict()
     assert before.keys() == after.keys()
@@ -159,13 +173,56 @@ def test_a_copy_learns_equal_frequencies(uneven, adaptation):
     assert (now[:, 0] / now.sum(-1) - 0.5).abs().median() < 0.1
     rows = model.template.marker_ids.values()
     assert copy.get_output_embeddings().weight.shape[0] == max(rows) + 1  # none for latents
+    model._reference[:] = [copy]
+    assert evened(model, BOTH, 100, 0, 16) is None  # these are equally frequent
 
 
-def test_equal_frequencies_are_left_alone(uneven, monkeypatch):
-    model = build(uneven)
-    alone = [Record(x, ways_of(x)[0]) for x in XS]
-    monkeypatch.setattr(model, "entangled_copy", lambda: pytest.fail("a copy was made"))
-    assert evened(model, alone, 10, 0, 16) is None
+@pytest.mark.parametrize("adaptation", ["full", "lora", "frozen"])
+def test_a_copy_is_where_the_model_is(uneven, adaptation):
+    if adaptation == "lora":
+        pytest.importorskip("peft")
+    copy = build(uneven, adaptation=adaptation).to("meta").entangled_copy()
+    assert {t.device.type for t in (*copy.parameters(), *copy.buffers())} == {"meta"}
+
+
+@pytest.mark.parametrize(("rare", "wanted"), [(0.29, False), (0.27, True)])
+def test_a_tenth_of_a_nat_is_put_up_with(uneven, monkeypatch, rare, wanted):
+    """The divergence of 0.29 and 0.71 from equal frequencies is 0.091, that of 0.27 and 0.73 0.110."""
+    found = {x: dict(zip(WAYS, (rare, 1 - rare), strict=True)) for x in XS}
+    monkeypatch.setattr(module_of_evened, "probabilities", lambda *args: found)
+    model, made = build(uneven), []
+    monkeypatch.setattr(model, "entangled_copy", lambda: made.append(model) or deepcopy(model.reference()))
+    monkeypatch.setattr(module_of_evened, "descend", lambda *args: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        evened(model, BOTH, 1, 0, 16)
+    assert bool(made) == wanted
+
+
+def test_rare_ways_that_were_not_drawn_are_not_unlearned(tmp_path):
+    """With 16 of 1 the rarer way is not among the solutions of many inputs."""
+    model = build(uneven_artifact(tmp_path, 16))
+    model._trainer = Alone(XS)
+    seeding = small(num_solutions=16)
+    given = model._trainer.datamodule.records("train")
+    drawn = seeding.solve(model, XS, given)
+    alike = len(XS) - len(solved_differently(drawn)) // 16
+    assert alike > 10
+    copy = evened(model, drawn, 100, 0, 16)
+    assert len(XS) - len(solved_differently(seeding.solve(model, XS, given, copy))) // 16 < alike / 3
+
+
+def forget(network, *args):
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.fill_(math.nan)
+
+
+@pytest.mark.parametrize("training", [lambda *args: None, forget])
+def test_a_copy_that_did_not_learn_it_is_left(uneven, monkeypatch, training):
+    monkeypatch.setattr(module_of_evened, "descend", training)
+    with pytest.warns(UserWarning, match="a copy of it did not learn to write them alike in 7 steps"):
+        assert evened(build(uneven), BOTH, 7, 0, 16) is None
 
 
 # Seeding.
@@ -173,13 +230,18 @@ def test_equal_frequencies_are_left_alone(uneven, monkeypatch):
 
 @pytest.mark.parametrize(("even_steps", "adaptation"), [(0, "full"), (100, "full"), (100, "frozen")])
 def test_seeds_are_ways_and_not_what_is_common(uneven, few_divisions, monkeypatch, caplog, even_steps, adaptation):
-    taught = []
+    taught, read = [], []
     monkeypatch.setattr(LatentSeeding, "teach", lambda seeding, model, *what: taught.append(what))
-    start(build(uneven, small(leave_open=False, even_steps=even_steps), adaptation=adaptation))
+    features = module_of_seeding.solution_features
+    monkeypatch.setattr(
+        module_of_seeding, "solution_features", lambda lm, *what: read.append(lm) or features(lm, *what)
+    )
+    model = start(build(uneven, small(leave_open=False, even_steps=even_steps), adaptation=adaptation))
     ((solutions, targets),) = taught
+    assert (read == [model.reference()]) == (even_steps == 0)
     common_one = [r.y == ways_of(r.x)[0] for r in solutions]
     assert (0.35 < sum(common_one) / len(solutions) < 0.65) == (even_steps > 0)
-    assert ("a copy of it learns to write them alike" in caplog.text) == (even_steps > 0)
+    assert ("a copy that learned to write them alike" in caplog.text) == (even_steps > 0)
     way = torch.tensor([r.y.startswith("=") for r in solutions])
     right = float((targets.argmax(-1) == way).float().mean())
     assert (max(right, 1 - right) > 0.95) == (even_steps > 0)
@@ -191,6 +253,7 @@ def test_seeds_are_counted_as_the_entangled_model_writes_them(uneven, few_divisi
     without, model = (start(build(uneven, small(even_steps=steps)), odd) for steps in (0, 100))
     assert without.seed_shares.max() == pytest.approx(float(model.seed_shares.max()), abs=0.06)
     assert model.seed_shares.max() > 0.65
+    assert int(model.seed_counts.sum()) == 12 * len(odd)
     sizes = torch.bincount(model.seeding.clusters, minlength=2) / len(model.seeding.clusters)
     assert sizes.max() < 0.6
 
