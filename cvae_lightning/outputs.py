@@ -100,8 +100,8 @@ class DiscreteOutputs(_TensorFields):
         c_base: [] mean NLL per token of the entangled model on the validation split; None if unknown.
         baseline_nll: [B, T] -log p_ref(y_t|x,y_<t), detached.
         inter_latent_jsd: [B, T] JSD of the K next-token distributions.
-        seed_shares: [K] shares of the latents among the solutions that seeded them, which sum to 1; uniform until there
-            are seeds, None without a seeding.
+        seed_shares: [K] shares of the latents, as they are seeded, among the entangled model's solutions; they sum to
+            1. Uniform until there are seeds, None without a seeding.
     """
 
     router_log_probs: Tensor

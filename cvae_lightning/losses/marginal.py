@@ -44,8 +44,8 @@ class RouterMarginalKLLoss(_MarginalKLLoss):
 
     Args:
         weight: factor of the term; 0 = diagnostic only.
-        prior: K probabilities; ``seeds`` = the shares of the latents among the entangled model's solutions that seeded
-            them (:class:`LatentSeeding`; uniform until there are seeds); None = uniform. Discrete only.
+        prior: K probabilities; ``seeds`` = the shares of the latents, as they are seeded, among the entangled model's
+            solutions (:class:`LatentSeeding`; uniform until there are seeds); None = uniform. Discrete only.
 
     Returns:
         [] nats, fp32.
@@ -69,8 +69,8 @@ class AggregatePosteriorBalanceLoss(_MarginalKLLoss):
 
     Args:
         weight: factor of the term; 0 = diagnostic only.
-        prior: K probabilities; ``seeds`` = the shares of the latents among the entangled model's solutions that seeded
-            them (:class:`LatentSeeding`; uniform until there are seeds), an estimate of how often each strategy is
+        prior: K probabilities; ``seeds`` = the shares of the latents, as they are seeded, among the entangled model's
+            solutions (:class:`LatentSeeding`; uniform until there are seeds), an estimate of how often each strategy is
             used; None = uniform, which is wrong where strategies are known to be skewed.
 
     Returns:
