@@ -81,8 +81,8 @@ def evened(
     if after > unevenness(full) / 2 or len(listed(learned)) < 0.9 * len(learned):
         rank_zero_warn(
             f"seeding: {said}, and a copy of it did not learn to write them alike in {steps} steps: the latents may "
-            "come to mean common and rare solutions. If many solutions are wrong, the entangled model needs more training; "
-            "else another model.learning_rate, or more seeding.even_steps, may help."
+            "come to mean common and rare solutions. If many solutions are wrong, the entangled model needs more "
+            "training; else another model.learning_rate, or more seeding.even_steps, may help."
         )
         return None
     rank_zero_info(f"seeding: {said}; a copy that learned to write them alike, {after:.3f} nats, solves the inputs")
