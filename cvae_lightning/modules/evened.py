@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from math import exp, log
-from statistics import median
+from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 
 ACCIDENT = 0.05
 """Probability, as a share of that of the input's most probable solution, below which a solution may be a mistake."""
-UNEVEN = 0.1
-"""Nats from equal frequencies that are put up with."""
+UNEVEN = 0.08
+"""Nats from equal frequencies that are put up with, of a model that writes nothing but the solutions at hand.
+
+What it writes beside them, as a probability, is added: a model that makes mistakes is uneven by these.
+"""
 COVERED = 0.5
 """Probability of an input's solutions, all in all, that makes them a list of what there is to write."""
 SEVERAL = 0.05
@@ -55,11 +58,11 @@ def evened(
     """
     ways = probabilities(module, module.reference(), solutions, batch_size)
     before = unevenness(ways)
-    if before < UNEVEN:
+    left_out = {x: max(0.0, 1 - sum(ps.values())) for x, ps in listed(ways).items()}
+    if not before or before < UNEVEN + mean(left_out.values()):
         return None
     several = {x: ps for x, ps in listed(ways).items() if len(common(ps)) > 1}
-    left_out = {x: max(0.0, 1 - sum(ps.values())) for x, ps in several.items()}
-    most = 2 * median(left_out.values())
+    most = 2 * median(left_out[x] for x in several)
     full = {x: ps for x, ps in several.items() if left_out[x] <= most}
     likely = [[Record(x, y) for y in common(ps)] for x, ps in full.items()]
     lm = module.entangled_copy()
