@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
@@ -157,3 +159,22 @@ class TinyData(LightningDataModule):
         return self._loader()
 
     val_dataloader = test_dataloader = predict_dataloader = train_dataloader
+
+
+class Alone:
+    """What seeding and the step read of a trainer of one process."""
+
+    is_global_zero = True
+    progress_bar_callback = None
+    strategy = SimpleNamespace(broadcast=lambda value: value)
+
+    def __init__(self, records=RECORDS, global_step=0):
+        self.datamodule, self.global_step = TinyData(records), global_step
+
+
+def start(model, *args):
+    """Seed a model that no Trainer trains; return whether there are seeds."""
+    model._trainer = Alone(*args)
+    model.train()
+    model.on_train_start()
+    return bool(model.seeded)

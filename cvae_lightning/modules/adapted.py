@@ -78,9 +78,10 @@ class AdaptedModule(LanguageModule):
     def _adapt(self, lm: Any, latents: bool = True) -> None:
         if self.lora is not None:
             self.lora.add_to(lm)
-        rows = list(self.template.marker_ids.values())
-        size = len(self.template) if latents else max(rows) + 1
-        train_rows(lm, rows + self.template.all_latent_ids if latents else rows, size)
+        rows, size = list(self.template.marker_ids.values()), 0  # of these the entangled model has all
+        if latents:
+            rows, size = rows + self.template.all_latent_ids, len(self.template)
+        train_rows(lm, rows, size)
 
     def _add_marker_rows(self, lm: Any) -> None:
         """Give a foreign model rows for the markers, the same ones whenever it is loaded.

@@ -8,11 +8,14 @@ from math import exp, log
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from cvae_lightning.backbones.causal_lm import evaluating
+from cvae_lightning.metrics.matching import entropy
 from cvae_lightning.modules.descent import descend
+from cvae_lightning.modules.text_use import batched
 from cvae_lightning.outputs import Record
 
 if TYPE_CHECKING:
@@ -58,10 +61,11 @@ def evened(
     """
     ways = probabilities(module, module.reference(), solutions, batch_size)
     before = unevenness(ways)
-    left_out = {x: max(0.0, 1 - sum(ps.values())) for x, ps in listed(ways).items()}
+    known = listed(ways)
+    left_out = {x: max(0.0, 1 - sum(ps.values())) for x, ps in known.items()}
     if not before or before < UNEVEN + mean(left_out.values()):
         return None
-    several = {x: ps for x, ps in listed(ways).items() if len(common(ps)) > 1}
+    several = {x: ps for x, ps in known.items() if len(common(ps)) > 1}
     most = 2 * median(left_out[x] for x in several)
     full = {x: ps for x, ps in several.items() if left_out[x] <= most}
     likely = [[Record(x, y) for y in common(ps)] for x, ps in full.items()]
@@ -101,8 +105,7 @@ def probabilities(
     found: defaultdict[str, dict[str, float]] = defaultdict(dict)
     template = module.template.unlimited()
     with evaluating(lm):
-        for start in range(0, len(different), batch_size):
-            some = different[start : start + batch_size]
+        for some in batched(different, batch_size):
             batch = template.collate([Record(x, y) for x, y in some]).to(module.device)
             nll = module.free_token_nll(lm, batch).sum(-1).tolist()
             for (x, y), nats in zip(some, nll, strict=True):
@@ -128,13 +131,7 @@ def unevenness(ways: Ways) -> float:
     where those drawn are not most of what there is to write, as with longer texts: which are common is not known then.
     """
     known = listed(ways)
-    found = [log(len(ps)) - entropy(list(ps.values())) for ps in map(common, known.values()) if len(ps) > 1]
-    if 2 * len(known) < len(ways) or len(found) < max(1, SEVERAL * len(known)):
+    several = [np.array(list(ps.values())) for ps in map(common, known.values()) if len(ps) > 1]
+    if 2 * len(known) < len(ways) or len(several) < max(1, SEVERAL * len(known)):
         return 0.0
-    return sum(found) / len(found)
-
-
-def entropy(weights: Sequence[float]) -> float:
-    """Return the entropy of weights that are scaled to sum to 1, in nats."""
-    total = sum(weights)
-    return -sum(w / total * log(w / total) for w in weights)
+    return mean(log(len(ps)) - entropy(ps) for ps in several)

@@ -18,6 +18,7 @@ from cvae_lightning.backbones.solution_features import solution_features
 from cvae_lightning.modules.descent import descend
 from cvae_lightning.modules.evened import evened
 from cvae_lightning.modules.solution_clusters import Clusters, cluster, combine, environments_of, spread
+from cvae_lightning.modules.text_use import batched
 from cvae_lightning.outputs import Record
 from cvae_lightning.progress import progress
 from cvae_lightning.spec import HasSpec
@@ -279,8 +280,8 @@ class LatentSeeding(HasSpec):
         """Return the posterior network's shares of the solutions, [N, K] fp32."""
         template, found = module.template.unlimited(), []
         with evaluating(module.posterior_network):
-            for start in range(0, len(solutions), BATCH // 2):
-                batch = template.collate(solutions[start : start + BATCH // 2]).to(module.device)
+            for some in batched(solutions, BATCH // 2):
+                batch = template.collate(some).to(module.device)
                 found.append(module.amortized_posterior(batch).float().exp().cpu())
         return torch.cat(found)
 

@@ -4,11 +4,10 @@ import math
 import warnings
 from copy import deepcopy
 from math import log
-from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import CONFIGS, TinyData, tiny_artifact, tiny_tokenizer
+from tiny import CONFIGS, Alone, start, tiny_artifact, tiny_tokenizer
 
 from cvae_lightning import LatentSeeding, SharedDiscreteCVAE
 from cvae_lightning.backbones.artifact import Baseline, save_artifact
@@ -16,7 +15,6 @@ from cvae_lightning.backbones.causal_lm import build_causal_lm
 from cvae_lightning.losses import FreeEnergyLoss, PosteriorDistillationLoss
 from cvae_lightning.modules import evened as module_of_evened
 from cvae_lightning.modules import seeding as module_of_seeding
-from cvae_lightning.modules import solution_clusters
 from cvae_lightning.modules.descent import descend
 from cvae_lightning.modules.evened import common, evened, probabilities, unevenness
 from cvae_lightning.modules.seeding import solved_differently
@@ -73,28 +71,9 @@ def small(**options):
     return LatentSeeding(**{"seed": 0, "num_solutions": 12, "posterior_steps": 60, "even_steps": 100, **options})
 
 
-@pytest.fixture
-def few_divisions(monkeypatch):
-    monkeypatch.setattr(solution_clusters, "STARTS", 1)
-    monkeypatch.setattr(solution_clusters, "REFINED", 4)
-
-
-class Alone:
-    """What seeding reads of a trainer of one process."""
-
-    is_global_zero, progress_bar_callback, global_step = True, None, 0
-    strategy = SimpleNamespace(broadcast=lambda value: value)
-
-    def __init__(self, xs):
-        self.datamodule = TinyData([Record(x, ways_of(x)[0]) for x in xs])
-
-
-def start(model, xs=XS):
-    """Seed a model that no Trainer trains."""
-    model._trainer = Alone(xs)
-    model.train()
-    model.on_train_start()
-    return model
+def given(xs):
+    """The records that a data module has of these inputs."""
+    return [Record(x, ways_of(x)[0]) for x in xs]
 
 
 def frequencies(model, lm):
@@ -203,14 +182,13 @@ def test_a_little_unevenness_is_put_up_with(uneven, monkeypatch, rare, wanted, l
 def test_rare_ways_that_were_not_drawn_are_not_unlearned(tmp_path):
     """With 16 of 1 the rarer way is not among the solutions of many inputs."""
     model = build(uneven_artifact(tmp_path, 16))
-    model._trainer = Alone(XS)
+    model._trainer = Alone()
     seeding = small(num_solutions=16)
-    given = model._trainer.datamodule.records("train")
-    drawn = seeding.solve(model, XS, given)
+    drawn = seeding.solve(model, XS, given(XS))
     alike = len(XS) - len(solved_differently(drawn)) // 16
     assert alike > 10
     copy = evened(model, drawn, 100, 0, 16)
-    assert len(XS) - len(solved_differently(seeding.solve(model, XS, given, copy))) // 16 < alike / 3
+    assert len(XS) - len(solved_differently(seeding.solve(model, XS, given(XS), copy))) // 16 < alike / 3
 
 
 def forget(network, *args):
@@ -237,7 +215,8 @@ def test_seeds_are_ways_and_not_what_is_common(uneven, few_divisions, monkeypatc
     monkeypatch.setattr(
         module_of_seeding, "solution_features", lambda lm, *what: read.append(lm) or features(lm, *what)
     )
-    model = start(build(uneven, small(leave_open=False, even_steps=even_steps), adaptation=adaptation))
+    model = build(uneven, small(leave_open=False, even_steps=even_steps), adaptation=adaptation)
+    assert start(model, given(XS))
     ((solutions, targets),) = taught
     assert (read == [model.reference()]) == (even_steps == 0)
     common_one = [r.y == ways_of(r.x)[0] for r in solutions]
@@ -251,7 +230,9 @@ def test_seeds_are_ways_and_not_what_is_common(uneven, few_divisions, monkeypatc
 def test_seeds_are_counted_as_the_entangled_model_writes_them(uneven, few_divisions):
     """Inputs of which one way is the commoner: the copy writes both alike, the entangled model does not."""
     odd = [x for x in XS if int(x[0]) % 2]
-    without, model = (start(build(uneven, small(even_steps=steps)), odd) for steps in (0, 100))
+    without, model = (build(uneven, small(even_steps=steps)) for steps in (0, 100))
+    assert start(without, given(odd))
+    assert start(model, given(odd))
     assert without.seed_shares.max() == pytest.approx(float(model.seed_shares.max()), abs=0.06)
     assert model.seed_shares.max() > 0.65
     assert int(model.seed_counts.sum()) == 12 * len(odd)

@@ -2,13 +2,12 @@
 
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny import QUIET, RECORDS, TinyData, all_losses, tiny_artifact, tiny_lm, tiny_tokenizer
+from tiny import QUIET, RECORDS, Alone, TinyData, all_losses, start, tiny_artifact, tiny_lm, tiny_tokenizer
 from user_folder import enter_user_folder, failure
 
 from cvae_lightning import LatentSeeding, SharedDiscreteCVAE, cli
@@ -34,13 +33,6 @@ def artifact(tmp_path_factory):
     return tiny_artifact(tmp_path_factory.mktemp("artifact"))
 
 
-@pytest.fixture
-def few_divisions(monkeypatch):
-    """Tiny models have nothing to find, and runs need not look for it long."""
-    monkeypatch.setattr(solution_clusters, "STARTS", 1)
-    monkeypatch.setattr(solution_clusters, "REFINED", 4)
-
-
 def small(**options):
     return LatentSeeding(**{"seed": 0, "num_solutions": 6, "posterior_steps": 15, "hold_steps": 4, **options})
 
@@ -50,25 +42,6 @@ def build(artifact, seeding=None, losses=None, **options):
     losses = losses or {"free_energy_loss": FreeEnergyLoss(), "distillation": PosteriorDistillationLoss()}
     options = {"num_latents": K, "warmup_steps": 1, "learning_rate": 1e-2, **options}
     return SharedDiscreteCVAE(artifact, losses, seeding=seeding, **options)
-
-
-class Alone:
-    """What seeding and the step read of a trainer of one process."""
-
-    is_global_zero = True
-    progress_bar_callback = None
-    strategy = SimpleNamespace(broadcast=lambda value: value)
-
-    def __init__(self, records=RECORDS, global_step=0):
-        self.datamodule, self.global_step = TinyData(records), global_step
-
-
-def start(model, *args):
-    """Seed a model that no Trainer trains; return whether there are seeds."""
-    model._trainer = Alone(*args)
-    model.train()
-    model.on_train_start()
-    return bool(model.seeded)
 
 
 def snapshot(model):

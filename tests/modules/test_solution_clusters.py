@@ -9,12 +9,7 @@ from sklearn.metrics import adjusted_mutual_info_score
 from cvae_lightning.modules import solution_clusters
 from cvae_lightning.modules.solution_clusters import cluster, combine, divide, environments_of, fewer, spread
 
-
-@pytest.fixture(autouse=True)
-def few_divisions(monkeypatch):
-    """What is planted is found soon."""
-    monkeypatch.setattr(solution_clusters, "STARTS", 1)
-    monkeypatch.setattr(solution_clusters, "REFINED", 4)
+pytestmark = pytest.mark.usefixtures("few_divisions")
 
 
 def test_planted_clusters_are_found_and_only_behind_the_offsets():
