@@ -124,3 +124,14 @@ class BranchInputs:
         """Return the inputs of some of the examples."""
         names = ("prefix_ids", "prefix_mask", "suffix", "suffix_mask", *(() if self.z is None else ("z",)))
         return replace(self, **{name: getattr(self, name)[index] for name in names})
+
+    def branches(self, b: Tensor, k: Tensor) -> BranchInputs:
+        """Return the inputs of the branches (b, k), [N] each, as N examples of one latent."""
+        masks = {name: getattr(self, name)[b] for name in ("prefix_ids", "prefix_mask", "suffix_mask")}
+        z = None if self.z is None else _pick(self.z, b, k)
+        return replace(self, suffix=_pick(self.suffix, b, k), z=z, **masks)
+
+
+def _pick(values: Tensor, b: Tensor, k: Tensor) -> Tensor:
+    """Return values[b, k] of values [B, K, ...] as [N, 1, ...]; the gradient of one index is the quicker one."""
+    return values.flatten(0, 1).index_select(0, b * values.shape[1] + k)[:, None]

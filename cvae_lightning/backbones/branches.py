@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from cvae_lightning.backbones.branch_activations import BranchActivations, BranchCall, read_again
 from cvae_lightning.backbones.branch_choice import choose_branch_method
 from cvae_lightning.backbones.branch_inputs import BranchInputs, BranchOutput
 from cvae_lightning.backbones.causal_lm import decoder_of
@@ -39,6 +40,7 @@ def run_branches(
     num_latent_chunk: int | None = None,
     norms: LatentNorms | None = None,
     z: Tensor | None = None,
+    activations: BranchActivations | None = None,
 ) -> BranchOutput:
     """Read the prefix and, behind it, K suffixes.
 
@@ -55,9 +57,12 @@ def run_branches(
         num_latent_chunk: number of latents run at a time; the activations of one such chunk are kept, those of the
             others are made again in the backward pass. None = all at once.
         norms, z: conditioned norms of ``lm`` and, [B, K, D], what conditions them in every branch; None = none.
+        activations: whether those of the branches are kept for the backward pass, or made again in it of the branches
+            that have a gradient; None = kept.
 
     Raises:
-        ValueError: if the model does not support the method, or ``num_latent_chunk`` is below 1.
+        ValueError: if the model does not support the method, or activations cannot be made again as was asked for, or
+            ``num_latent_chunk`` is below 1.
     """
     if norms is not None:
         check_norm_branches(method)
@@ -67,6 +72,19 @@ def run_branches(
     size = min(num_latent_chunk or inputs.num_latents, inputs.num_latents)
     if method == "auto":
         method = choose_branch_method(lm, inputs, METHODS)  # type: ignore[assignment]
+    if activations is not None and activations.again(lm, inputs, method, size < inputs.num_latents):
+        tokens, vectors = inputs.looked_up(decoder_of(lm))
+        prefix, cache = _read_prefix(lm, vectors, tokens)
+        call, tensors = BranchCall.of(_continue, lm, vectors, cache, num_latent_chunk)
+        if activations.suits(call, tensors):
+            return BranchOutput(read_again(call, tensors, activations), prefix[:, -1])
+    output = _run_kept(lm, inputs, method, size)
+    if activations is not None:
+        activations.watch(output.hidden)
+    return output
+
+
+def _run_kept(lm: Any, inputs: BranchInputs, method: str, size: int) -> BranchOutput:
     if size == inputs.num_latents:
         return METHODS[method](lm, inputs)
     chunks = [slice(start, start + size) for start in range(0, inputs.num_latents, size)]

@@ -27,7 +27,14 @@ FINAL_METRICS = (
 """Scalars whose last value stands beside the hyperparameters when a fit has ended."""
 
 _FIRST = ("latent_dim", "learning_rate", "norm_dim", "num_latents", "posterior", "posterior_temperature")
-_WITHOUT_EFFECT = ("baseline_cache", "branch_method", "num_latent_chunk", "on_overflow", "padding_side")
+_WITHOUT_EFFECT = (
+    "baseline_cache",
+    "branch_activations",
+    "branch_method",
+    "num_latent_chunk",
+    "on_overflow",
+    "padding_side",
+)
 
 _OBJECTIVE = {
     "contribution of each term": (f"train/{CONTRIBUTION}.*",),

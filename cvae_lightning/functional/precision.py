@@ -1,6 +1,8 @@
 """Rules for the dtype of statistics, autocast, and gradients too small to count."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +20,17 @@ def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     """Return a context in which nothing is cast; also for devices that know no autocast."""
     available = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
+
+
+def same_autocast(device: torch.device) -> Callable[[], AbstractContextManager[None]]:
+    """Return what makes contexts that cast as is done now, also for devices that know no autocast.
+
+    They keep no casts of weights: one that was made without gradients would be taken where they are wanted.
+    """
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext
+    enabled, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+    return partial(torch.autocast, device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
 
 
 def without_negligible_gradients(values: Tensor) -> Tensor:

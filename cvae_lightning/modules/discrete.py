@@ -10,6 +10,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from cvae_lightning.backbones.adaptation import Adaptation, scatter_rows
+from cvae_lightning.backbones.branch_activations import BranchActivations
+from cvae_lightning.backbones.branch_activations import Mode as BranchActivationsMode
 from cvae_lightning.backbones.branches import BranchMethod, BranchOutput, run_branches
 from cvae_lightning.backbones.causal_lm import evaluating, has_dropout, head_of
 from cvae_lightning.backbones.conditioning import LatentNorms, check_norm_branches
@@ -82,6 +84,11 @@ class SharedDiscreteCVAE(DiscreteUse):
         lora: size and place of the adapters; null = ``LoRA()``.
         keep_frozen: keep in checkpoints what ``lora`` and ``frozen`` leave untrained; else a checkpoint names the
             entangled model and the hash of its weights, and needs it.
+        branch_activations: what the backward pass has of the branches: ``kept`` = all of it; ``again`` = nothing, and
+            it reads those branches again that have a gradient, one or two of K where the posterior is sharp: less
+            memory, and less time too. ``num_latent_chunk`` (else two) of them are read at a time; hooks on the language
+            model run again with them. Not with dropout, nor with branches ``grouped``, ``packed`` or ``repeat``.
+            ``auto`` = on a CPU what takes less time; on an accelerator ``kept``.
 
     Raises:
         ValueError: for fewer than two latents, a temperature <= 0, a length or size out of range, or an entangled model
@@ -116,6 +123,7 @@ class SharedDiscreteCVAE(DiscreteUse):
         adaptation: Adaptation = "full",
         lora: LoRA | None = None,
         keep_frozen: bool = False,
+        branch_activations: BranchActivationsMode = "auto",
     ) -> None:
         if num_latents < 2:
             raise ValueError(f"num_latents must be at least 2 for z to mean anything, got {num_latents}")
@@ -125,6 +133,11 @@ class SharedDiscreteCVAE(DiscreteUse):
             raise ValueError(f"norm_dim must be at least 0 (0 = no conditioned norms), got {norm_dim}")
         if norm_dim:
             check_norm_branches(branch_method)
+        if branch_activations == "again" and (branch_method not in ("auto", "cache") or dropout):
+            raise ValueError(
+                "branch_activations=again takes branch_method cache (or auto) and dropout 0, got "
+                f"{branch_method} and {dropout}"
+            )
         super().__init__(
             entangled,
             losses,
@@ -150,6 +163,7 @@ class SharedDiscreteCVAE(DiscreteUse):
         self.posterior_temperature = posterior_temperature
         self.branch_method: BranchMethod = branch_method
         self.num_latent_chunk = num_latent_chunk
+        self.branch_activations = BranchActivations(branch_activations)
         self._prepare_latent_rows(latent_token_std)
         self.posterior_network = PosteriorNetwork(self.posterior_backbone(), num_latents, pooling)
         if norm_dim:
@@ -219,6 +233,7 @@ class SharedDiscreteCVAE(DiscreteUse):
             self.num_latent_chunk,
             self.norms,
             None if self.norms is None else self.latent_vectors.weight.expand(size, -1, -1),
+            self.branch_activations,
         )
 
     def router(self, branches: BranchOutput) -> Tensor:
@@ -285,9 +300,15 @@ class SharedDiscreteCVAE(DiscreteUse):
         if wanted and self.seeding is not None and not self.seed_counts.any():
             rank_zero_warn(f"{', '.join(wanted)}: there are no seeds to take the prior from, and it is uniform")
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the next step decides by, so that a run which is resumed goes on as it would have."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["branch_share"] = self.branch_activations.share
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load what was trained with a seeding where the config has none, and the other way round."""
         super().on_load_checkpoint(checkpoint)
+        self.branch_activations.share = checkpoint.get("branch_share", 1.0)
         state = checkpoint.get("state_dict", {})
         unseeded = {"seeded": torch.tensor(False), "seed_counts": torch.zeros(self.num_latents, dtype=torch.int64)}
         for name, value in unseeded.items():

@@ -7,6 +7,7 @@ import torch
 from transformers.integrations import sdpa_attention
 
 from cvae_lightning.backbones import grouped_attention
+from cvae_lightning.backbones.branch_activations import BranchActivations
 from cvae_lightning.backbones.branch_choice import candidate_methods
 from cvae_lightning.backbones.branches import METHODS, run_branches
 from cvae_lightning.backbones.causal_lm import build_causal_lm, decoder_of
@@ -64,14 +65,14 @@ def prompts(padding, batch=3, width=6, length=5):
     return prefix, prefix_mask, suffix, suffix_mask
 
 
-def statistics(lm, method, padding, chunk=None, grad=True):
-    """A scalar that depends on every real hidden state, its value and its gradients."""
+def statistics(lm, method, padding, chunk=None, grad=True, activations=None, weighed=slice(None)):
+    """A scalar that depends on every real hidden state of the latents that weigh, its value and its gradients."""
     device = next(lm.parameters()).device
     prefix, prefix_mask, suffix, suffix_mask = (given.to(device) for given in prompts(padding))
-    output = run_branches(lm, prefix, prefix_mask, suffix, suffix_mask, method, chunk)
+    output = run_branches(lm, prefix, prefix_mask, suffix, suffix_mask, method, chunk, activations=activations)
     hidden = output.hidden * suffix_mask[:, None, :, None]
     weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2)).to(device)
-    total = (hidden.sin() * weights).sum() + (output.router_hidden.sin() * weights[:, 0, 0]).sum()
+    total = (hidden.sin() * weights)[:, weighed].sum() + (output.router_hidden.sin() * weights[:, 0, 0]).sum()
     grads = torch.autograd.grad(total, list(lm.parameters()), allow_unused=True) if grad else ()
     return hidden.detach(), output.router_hidden.detach(), grads
 
@@ -155,6 +156,20 @@ def test_latents_in_chunks_change_nothing(family, method, chunk):
     found, expected = statistics(lm, method, "left", chunk), statistics(lm, method, "left")
     torch.testing.assert_close(found[:2], expected[:2], atol=2e-5, rtol=1e-4)
     assert_equal_gradients(lm, found[2], expected[2])
+
+
+@pytest.mark.parametrize("weighed", [slice(None), slice(1, 2), slice(0)], ids=["all", "one", "none"])
+@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("queries", [192, 2])
+@pytest.mark.parametrize("family", [family for family, methods in METHODS_OF.items() if "cache" in methods])
+def test_activations_made_again_change_nothing(family, queries, chunk, weighed, monkeypatch):
+    monkeypatch.setattr(grouped_attention, "QUERIES", queries)
+    expected = statistics(build(family), "cache", "left", weighed=weighed)
+    lm, activations = build(family), BranchActivations("again")
+    found = statistics(lm, "cache", "left", chunk, activations=activations, weighed=weighed)
+    torch.testing.assert_close(found[:2], expected[:2], atol=2e-5, rtol=1e-4)
+    assert_equal_gradients(lm, found[2], expected[2])
+    assert activations.share == pytest.approx(len(range(LATENTS)[weighed]) / LATENTS)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])

@@ -1,24 +1,26 @@
-"""X1-X2: what a sharp posterior costs, whose gradients are nothing for most latents, or denormal numbers."""
+"""X1-X4: what a sharp posterior costs, whose gradients are nothing for most latents, or denormal numbers."""
 
 from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from bench_head import BATCH, inputs, naive_costs
-from measure import Figure, options, report, seconds
+from measure import Figure, extra_megabytes, options, report, seconds
 from setting import Sentences, artifact, build, plain_step
 
+from cvae_lightning.backbones.branch_activations import Mode
 from cvae_lightning.functional import latent_token_stats, precision
-from cvae_lightning.losses import FreeEnergyLoss
+from cvae_lightning.losses import FreeEnergyLoss, LossCallback
 from cvae_lightning.modules import SharedDiscreteCVAE
 
 LATENTS = 4
+FLAT = 1e-3
 SPREAD = 75.0
 """Nats by which the second-best latent is worse in the posterior: gradients below e^-87 are denormal numbers."""
 
@@ -38,18 +40,39 @@ def head_step(head: Any, sharp: bool, width: int, vocab: int) -> Callable[[], No
     return run
 
 
-def sharp_step(source: str, vocab: int) -> Callable[[], None]:
-    """Return a training step whose posterior is sharp."""
-    batch_size = 16
-    module = build(SharedDiscreteCVAE, source, LATENTS, losses={"free_energy": FreeEnergyLoss()})
+def exact_step(
+    source: str, vocab: int, latents: int = LATENTS, length: int = 32, mode: Mode = "kept", spread: float = SPREAD
+) -> Callable[[], None]:
+    """Return a training step by an exact posterior whose second-best latent is so many nats worse."""
+    losses: dict[str, LossCallback | None] = {"free_energy": FreeEnergyLoss()}
+    module = build(SharedDiscreteCVAE, source, latents, losses=losses, branch_activations=mode)
     module.posterior_kind = "exact"
-    batch = module.template.collate(Sentences(32, 32, batch_size, vocab).all)
+    batch = module.template.collate(Sentences(length, length, 16, vocab).all)
     with torch.no_grad():
         outputs = module.compute_outputs(batch, frozenset())
         scores = outputs.router_log_probs - outputs.sequence_nll
         best, second = scores.topk(2).values.T
-        module.posterior_temperature = float((best - second).median()) / SPREAD
+        module.posterior_temperature = float((best - second).median()) / spread
     return plain_step(module, batch)
+
+
+def again(source: str, vocab: int, length: int, repeat: int) -> Iterator[Figure]:
+    """X3-X4: activations of all branches kept, against those with a gradient made again."""
+    for latents, spread, gate, aim in ((4, SPREAD, 1.3, 1.5), (8, SPREAD, 1.6, 2.0), (4, FLAT, None, None)):
+        modes: tuple[Mode, ...] = ("kept", "again", "auto")
+        sides = {mode: exact_step(source, vocab, latents, length, mode, spread) for mode in modes}
+        best = seconds(sides, repeat)
+        kind = "flat" if spread == FLAT else "sharp"
+        for mode in modes[1:]:
+            note = f"{best['kept']:.2f} s / {best[mode]:.2f} s"
+            name = f"X3 step, K={latents}, {kind} posterior, activations kept / {mode}"
+            yield Figure(name, best["kept"] / best[mode], gate, aim, note)
+    for latents, gate in ((4, 1.5), (8, 2.0)):
+        kept, made = (
+            extra_megabytes(partial(exact_step, source, vocab, latents, length, mode)) for mode in ("kept", "again")
+        )
+        note = f"{kept:.0f} MB / {made:.0f} MB"
+        yield Figure(f"X4 memory of a step, K={latents}, activations kept / again", kept / made, gate, note=note)
 
 
 def main() -> None:
@@ -69,7 +92,8 @@ def main() -> None:
         note = f"{best['naive']:.2f} s / {best['ours']:.2f} s"
         figures.append(Figure(name, best["naive"] / best["ours"], 1.5 if sharp else 1.0, note=note))
     with tempfile.TemporaryDirectory() as folder:
-        step = sharp_step(artifact(folder, "llama", min(width, 128), layers, 200), 200)
+        source = artifact(folder, "llama", min(width, 128), layers, 200)
+        step = exact_step(source, 200)
 
         def kept() -> None:
             with patch.object(precision, "NEGLIGIBLE", 0.0):
@@ -80,6 +104,7 @@ def main() -> None:
         figures.append(
             Figure("X2 step, negligible gradients kept / dropped", best["kept"] / best["dropped"], 1.5, note=note)
         )
+        figures += again(source, 200, 16 if given.quick else 64, given.repeat)
     report("A sharp posterior", figures, given)
 
 

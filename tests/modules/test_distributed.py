@@ -71,6 +71,7 @@ def assert_equal_steps(build, folder):
     ("family", "options"),
     [
         ("llama", {"posterior": "exact"}),
+        ("llama", {"posterior": "exact", "branch_activations": "again", "norm_dim": 4}),
         ("llama", {"posterior": "amortized", "baseline": "dynamic", "pooling": "attention"}),
         ("qwen2", {"posterior": "exact", "posterior_temperature": 1.0, "branch_method": "repeat", "pooling": "last"}),
     ],

@@ -76,6 +76,20 @@ def test_a_step_on_four_uneven_shards_is_the_step_on_their_union(tmp_path, strat
             assert (found["gradients"][name] - gradient).abs().max() < 1e-5 * scale, name
 
 
+def test_activations_are_not_made_again_with_divided_weights(tmp_path):
+    folder = tiny_artifact(tmp_path / "artifact")
+
+    def build():
+        return SharedDiscreteCVAE(folder, all_losses(), num_latents=3, branch_activations="again")
+
+    def refused(rank):
+        with pytest.raises(ValueError, match="branch_activations=again does not work with weights that are divided"):
+            step(build, "fsdp", rank)
+        return True
+
+    assert all(run_in_processes(refused, tmp_path, world_size=4))
+
+
 class Witness(L.Callback):
     """Keeps what every process saw."""
 
