@@ -308,3 +308,15 @@ def test_nothing_of_the_prefix_outlives_the_backward_pass(artifact, monkeypatch)
 def test_an_unknown_mode_is_refused(artifact):
     with pytest.raises(ValueError, match="branch_activations must be one of auto, kept, again, got 'never'"):
         BranchActivations("never")
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks
+def test_a_compiled_transformer_gives_the_same(artifact):
+    options = {"norm_dim": 4, "posterior_temperature": 0.003}
+    compiled = module(artifact, "again", **options)
+    decoder_of(compiled.lm).compile(dynamic=True, backend="aot_eager")
+    (expected, kept), (found, made) = step(module(artifact, "kept", **options)), step(compiled)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert made.keys() == kept.keys()
+    for name, gradient in kept.items():
+        torch.testing.assert_close(made[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
