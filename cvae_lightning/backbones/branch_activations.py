@@ -54,12 +54,8 @@ class BranchActivations:
         self._probed = False
         self._obstacle: str | None = None
 
-    def again(self, lm: Any, inputs: BranchInputs, method: str, in_chunks: bool) -> bool:
+    def again(self, lm: Any, inputs: BranchInputs, method: str) -> bool:
         """Return whether to make activations again in the pass that comes, as far as is known without reading.
-
-        Args:
-            lm, inputs, method: what is to be read, and how.
-            in_chunks: whether activations would be made again otherwise as well, of all branches.
 
         Raises:
             ValueError: for ``again`` where it does not work.
@@ -67,8 +63,8 @@ class BranchActivations:
         if self.mode == "kept" or not torch.is_grad_enabled():
             return False
         if self.mode == "auto":
-            seldom = self.share <= (1.0 if in_chunks else WORTHWHILE)
-            return seldom and inputs.suffix_mask.device.type == "cpu" and not self._obstacle_of(lm, method)
+            on_cpu = inputs.suffix_mask.device.type == "cpu"
+            return on_cpu and self.share <= WORTHWHILE and not self._obstacle_of(lm, method)
         return not self._refused(self._obstacle_of(lm, method))
 
     def suits(self, call: BranchCall, tensors: Sequence[Tensor | None]) -> bool:
@@ -178,13 +174,22 @@ class BranchCall:
                 [self.reader(self.function, inputs.latents(slice(i, i + self.size)), cache) for i in starts], 1
             )
 
-    def some(self, tensors: Sequence[Any], b: Tensor, k: Tensor) -> Tensor:
-        """Read branches (b, k), [N, S, D], with the weights that are given."""
+    def some(self, tensors: Sequence[Any], b: Tensor, k: Tensor) -> tuple[Tensor, list[Any]]:
+        """Read branches (b, k), [N, S, D], with the weights that are given.
+
+        Returns:
+            The hidden states, and the tensors that were read: suffixes and z of these branches alone, as leaves.
+        """
         inputs, cache = self._with(tensors)
+        inputs = inputs.branches(b, k)
+        inputs.suffix.requires_grad_()
+        if inputs.z is not None:
+            inputs.z.requires_grad_()
         cache.batch_select_indices(b)
         weights = dict(zip(self.weights, tensors[self.num_given :], strict=True))
         with self.autocast():
-            return functional_call(self.reader, weights, (self.function, inputs.branches(b, k), cache))[:, 0]
+            hidden = functional_call(self.reader, weights, (self.function, inputs, cache))[:, 0]
+        return hidden, [inputs.suffix, inputs.z, *tensors[2:]]
 
     def _with(self, tensors: Sequence[Any]) -> tuple[BranchInputs, Any]:
         suffix, z, *states = tensors[: self.num_given]
@@ -227,32 +232,30 @@ class _Again(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         call: BranchCall = ctx.call
-        tensors = detached(ctx.saved_tensors, ctx.needs_input_grad[2:])
-        wanted = [value is not None and value.requires_grad for value in tensors]
-        sources = [value for value, asked in zip(tensors, wanted, strict=True) if value is not None and asked]
+        wanted = ctx.needs_input_grad[2:]
+        chosen = [i for i, asked in enumerate(wanted) if asked]
+        tensors = detached(ctx.saved_tensors, [False, False, *wanted[2:]])
         pairs = with_gradient(gradient).nonzero()
         ctx.activations.share = len(pairs) / gradient[..., 0, 0].numel()
-        totals: list[Tensor | None] = [None if len(pairs) else torch.zeros_like(value) for value in sources]
+        totals: list[Any] = [None if value is None else torch.zeros_like(value) for value in tensors[:2]]
+        totals += [None if len(pairs) else torch.zeros_like(value) for value in ctx.saved_tensors[2:]]
         for part in pairs.split(call.size * len(gradient)) if len(pairs) else ():
             b, k = part.unbind(-1)
             with torch.enable_grad():
-                hidden = call.some(tensors, b, k)
-            found = torch.autograd.grad(hidden, sources, gradient[b, k], allow_unused=True)
-            totals = [_sum(total, new) for total, new in zip(totals, found, strict=True)]
-        each = iter(totals)
-        return None, None, *(next(each) if asked else None for asked in wanted)
+                hidden, leaves = call.some(tensors, b, k)
+            found = torch.autograd.grad(hidden, [leaves[i] for i in chosen], gradient[b, k], allow_unused=True)
+            for i, new in zip(chosen, found, strict=True):
+                if new is not None and i < 2:  # of these branches
+                    totals[i][b, k] = new[:, 0]
+                elif new is not None:
+                    totals[i] = new if totals[i] is None else totals[i] + new
+        return None, None, *(total if asked else None for total, asked in zip(totals, wanted, strict=True))
 
 
 def detached(tensors: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
     """Return tensors as leaves, of which those that are asked for collect a gradient."""
     pairs = zip(tensors, wanted, strict=True)
     return [None if value is None else value.detach().requires_grad_(asked) for value, asked in pairs]
-
-
-def _sum(total: Tensor | None, new: Tensor | None) -> Tensor | None:
-    if total is None or new is None:
-        return new if total is None else total
-    return total + new
 
 
 def _filled(cache: Any, held: Sequence[tuple[int, str]], values: Sequence[Tensor | None]) -> Any:
@@ -266,15 +269,16 @@ def _filled(cache: Any, held: Sequence[tuple[int, str]], values: Sequence[Tensor
 
 def _probe(call: BranchCall, tensors: Sequence[Tensor | None]) -> str | None:
     """Return what makes a second reading of a branch another one, or one with unknown weights; None if nothing does."""
-    leaves = detached(tensors, [value is not None and value.requires_grad for value in tensors])
+    tensors = detached(
+        tensors, [i > 1 and value is not None and value.requires_grad for i, value in enumerate(tensors)]
+    )
     device = call.inputs.suffix_mask.device
     first = torch.zeros(1, dtype=torch.long, device=device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
-        once, twice = (call.some(leaves, first, first) for _ in range(2))
+        (once, known), (twice, _) = (call.some(tensors, first, first) for _ in range(2))
     if not torch.allclose(once, twice, rtol=1e-3, atol=1e-5, equal_nan=True):
         return "parts that act at random"
-    known = {id(leaf) for leaf in leaves}
-    if any(id(leaf) not in known for leaf in _leaves(once)):
+    if {id(leaf) for leaf in _leaves(once)} - {id(leaf) for leaf in known}:
         return "weights beside those of the language model and its norms, such as those of a hook"
     return None
 

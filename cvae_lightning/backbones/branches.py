@@ -72,7 +72,7 @@ def run_branches(
     size = min(num_latent_chunk or inputs.num_latents, inputs.num_latents)
     if method == "auto":
         method = choose_branch_method(lm, inputs, METHODS)  # type: ignore[assignment]
-    if activations is not None and activations.again(lm, inputs, method, size < inputs.num_latents):
+    if activations is not None and activations.again(lm, inputs, method):
         tokens, vectors = inputs.looked_up(decoder_of(lm))
         prefix, cache = _read_prefix(lm, vectors, tokens)
         call, tensors = BranchCall.of(_continue, lm, vectors, cache, num_latent_chunk)
