@@ -178,3 +178,16 @@ def start(model, *args):
     model.train()
     model.on_train_start()
     return bool(model.seeded)
+
+
+def kept_for_backward(function):
+    """Return the bytes of the storages that a function keeps for its backward pass, and its result."""
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function()
+    return sum(storages.values()), result

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -15,9 +14,11 @@ from torch.func import functional_call
 
 from cvae_lightning.backbones.branch_inputs import BranchInputs
 from cvae_lightning.backbones.causal_lm import decoder_of, has_dropout
+from cvae_lightning.backbones.kv_cache import copied
+from cvae_lightning.functional.graph import leaves
 from cvae_lightning.functional.precision import same_autocast
 
-Mode = Literal["auto", "kept", "again"]
+ActivationsMode = Literal["auto", "kept", "again"]
 
 WORTHWHILE = 0.6
 """Share of the branches with a gradient up to which making activations again takes less time than keeping them.
@@ -45,9 +46,9 @@ class BranchActivations:
         ValueError: for another mode.
     """
 
-    def __init__(self, mode: Mode = "auto") -> None:
-        if mode not in get_args(Mode):
-            raise ValueError(f"branch_activations must be one of {', '.join(get_args(Mode))}, got {mode!r}")
+    def __init__(self, mode: ActivationsMode = "auto") -> None:
+        if mode not in get_args(ActivationsMode):
+            raise ValueError(f"branch_activations must be one of {', '.join(get_args(ActivationsMode))}, got {mode!r}")
         self.mode = mode
         self.share = 1.0
         """Share of the branches that had a gradient in the last backward pass."""
@@ -62,10 +63,9 @@ class BranchActivations:
         """
         if self.mode == "kept" or not torch.is_grad_enabled():
             return False
-        if self.mode == "auto":
-            on_cpu = inputs.suffix_mask.device.type == "cpu"
-            return on_cpu and self.share <= WORTHWHILE and not self._obstacle_of(lm, method)
-        return not self._refused(self._obstacle_of(lm, method))
+        if self.mode == "auto" and (inputs.suffix_mask.device.type != "cpu" or self.share > WORTHWHILE):
+            return False
+        return not self._refused(self._obstacle or obstacle(lm, method))
 
     def suits(self, call: BranchCall, tensors: Sequence[Tensor | None]) -> bool:
         """Return whether branches are read alike a second time, and with no weights but those that are known.
@@ -86,9 +86,6 @@ class BranchActivations:
 
     def _count(self, gradient: Tensor | None) -> None:
         self.share = 0.0 if gradient is None else float(with_gradient(gradient).float().mean())
-
-    def _obstacle_of(self, lm: Any, method: str) -> str | None:
-        return self._obstacle or obstacle(lm, method)
 
     def _refused(self, reason: str | None) -> bool:
         if reason and self.mode == "again":
@@ -242,8 +239,8 @@ class _Again(torch.autograd.Function):
         for part in pairs.split(call.size * len(gradient)) if len(pairs) else ():
             b, k = part.unbind(-1)
             with torch.enable_grad():
-                hidden, leaves = call.some(tensors, b, k)
-            found = torch.autograd.grad(hidden, [leaves[i] for i in chosen], gradient[b, k], allow_unused=True)
+                hidden, read = call.some(tensors, b, k)
+            found = torch.autograd.grad(hidden, [read[i] for i in chosen], gradient[b, k], allow_unused=True)
             for i, new in zip(chosen, found, strict=True):
                 if new is not None and i < 2:  # of these branches
                     totals[i][b, k] = new[:, 0]
@@ -260,8 +257,7 @@ def detached(tensors: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[T
 
 def _filled(cache: Any, held: Sequence[tuple[int, str]], values: Sequence[Tensor | None]) -> Any:
     """Return a cache with other tensors; the given one stays as it is."""
-    cache = copy.copy(cache)
-    cache.layers = [copy.copy(layer) for layer in cache.layers]
+    cache = copied(cache)
     for (layer, name), value in zip(held, values, strict=True):
         setattr(cache.layers[layer], name, value)
     return cache
@@ -278,19 +274,6 @@ def _probe(call: BranchCall, tensors: Sequence[Tensor | None]) -> str | None:
         (once, known), (twice, _) = (call.some(tensors, first, first) for _ in range(2))
     if not torch.allclose(once, twice, rtol=1e-3, atol=1e-5, equal_nan=True):
         return "parts that act at random"
-    if {id(leaf) for leaf in _leaves(once)} - {id(leaf) for leaf in known}:
+    if {id(leaf) for leaf in leaves(once)} - {id(leaf) for leaf in known}:
         return "weights beside those of the language model and its norms, such as those of a hook"
     return None
-
-
-def _leaves(result: Tensor) -> Iterator[Tensor]:
-    """Yield the leaves that a result depends on."""
-    nodes, seen = [result.grad_fn], {result.grad_fn}
-    while nodes:
-        node: Any = nodes.pop()
-        if hasattr(node, "variable"):
-            yield node.variable
-        for following, _ in getattr(node, "next_functions", ()):
-            if following is not None and following not in seen:
-                seen.add(following)
-                nodes.append(following)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -24,6 +23,7 @@ from cvae_lightning.backbones.grouped_attention import (
     run_packed,
     supports_grouped,
 )
+from cvae_lightning.backbones.kv_cache import copied
 
 __all__ = ["BranchInputs", "BranchMethod", "BranchOutput", "run_branches"]
 
@@ -153,8 +153,7 @@ def _read_prefix(lm: Any, inputs: BranchInputs, tokens: Tensor) -> tuple[Tensor,
 
 def _continue(lm: Any, inputs: BranchInputs, cache: Any) -> Tensor:
     """Return the hidden states [B, K, S, D] of the branches; the cache of the prefix stays as it is."""
-    branch_cache = copy.copy(cache)
-    branch_cache.layers = [copy.copy(layer) for layer in cache.layers]
+    branch_cache = copied(cache)
     branch_cache.batch_repeat_interleave(inputs.num_latents)  # differentiable
     attention = {"attention_mask": inputs.branch_mask}
     if number_of_parts(inputs.suffix.shape[2]) > 1 and supports_grouped(lm):

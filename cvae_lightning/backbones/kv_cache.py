@@ -1,7 +1,8 @@
-"""A key-value cache for generation that is not copied for every token."""
+"""Key-value caches: one for generation that is not copied for every token, and copies that share what they hold."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import Tensor
@@ -81,4 +82,11 @@ def generation_cache(lm: Any, reserve: int) -> DynamicCache:
     if any(part._compiled_call_impl is not None for part in lm.modules()):
         return cache
     cache.layers = [PreallocatedLayer(reserve) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def copied(cache: Any) -> Any:
+    """Return a cache with layers of its own and the same tensors; what is changed in it leaves the other as it is."""
+    cache = copy.copy(cache)
+    cache.layers = [copy.copy(layer) for layer in cache.layers]
     return cache

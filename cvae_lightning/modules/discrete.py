@@ -10,8 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from cvae_lightning.backbones.adaptation import Adaptation, scatter_rows
-from cvae_lightning.backbones.branch_activations import BranchActivations
-from cvae_lightning.backbones.branch_activations import Mode as BranchActivationsMode
+from cvae_lightning.backbones.branch_activations import ActivationsMode, BranchActivations
 from cvae_lightning.backbones.branches import BranchMethod, BranchOutput, run_branches
 from cvae_lightning.backbones.causal_lm import evaluating, has_dropout, head_of
 from cvae_lightning.backbones.conditioning import LatentNorms, check_norm_branches
@@ -123,7 +122,7 @@ class SharedDiscreteCVAE(DiscreteUse):
         adaptation: Adaptation = "full",
         lora: LoRA | None = None,
         keep_frozen: bool = False,
-        branch_activations: BranchActivationsMode = "auto",
+        branch_activations: ActivationsMode = "auto",
     ) -> None:
         if num_latents < 2:
             raise ValueError(f"num_latents must be at least 2 for z to mean anything, got {num_latents}")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 
+from cvae_lightning.functional.graph import leaves
 from cvae_lightning.modules.sharding import is_sharded
 
 
@@ -46,7 +45,7 @@ def silent_parameters(module: nn.Module, total: Tensor) -> list[nn.Parameter]:
 
     A child counts as a whole: under gradient checkpointing the graph may not show all that it reaches.
     """
-    reached = {id(leaf) for leaf in _leaves(total)}
+    reached = {id(leaf) for leaf in leaves(total)}
     parts = [[p for p in part.parameters() if p.requires_grad] for part in module.children()]
     return [p for part in parts if not any(id(p) in reached for p in part) for p in part]
 
@@ -68,17 +67,3 @@ class _ZeroGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         return grad, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
-
-
-def _leaves(total: Tensor) -> Iterator[Tensor]:
-    """Yield the leaves of the graph of a tensor that get a gradient."""
-    seen: set[Node] = set()
-    waiting = [total.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            yield node.variable
-        waiting.extend(following for following, _ in node.next_functions)

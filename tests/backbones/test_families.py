@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import kept_for_backward
 from transformers.integrations import sdpa_attention
 
 from cvae_lightning.backbones import grouped_attention
@@ -262,15 +263,8 @@ def test_many_latents_in_chunks_keep_no_more_than_one_chunk():
     suffix, mask = torch.randint(1, VOCABULARY, (3, 64, 20)), torch.ones(3, 20, dtype=torch.bool)
 
     def kept(latents, chunk):
-        storages = {}
-
-        def pack(tensor):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = run_branches(lm, prefix, prefix_mask, suffix[:, :latents], mask, "cache", chunk)
-        return sum(storages.values()), output
+        given = prefix, prefix_mask, suffix[:, :latents], mask
+        return kept_for_backward(lambda: run_branches(lm, *given, "cache", chunk))
 
     few, _ = kept(4, None)
     all_at_once, expected = kept(64, None)

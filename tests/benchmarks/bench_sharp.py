@@ -14,7 +14,7 @@ from bench_head import BATCH, inputs, naive_costs
 from measure import Figure, extra_megabytes, options, report, seconds
 from setting import Sentences, artifact, build, plain_step
 
-from cvae_lightning.backbones.branch_activations import Mode
+from cvae_lightning.backbones.branch_activations import ActivationsMode
 from cvae_lightning.functional import latent_token_stats, precision
 from cvae_lightning.losses import FreeEnergyLoss, LossCallback
 from cvae_lightning.modules import SharedDiscreteCVAE
@@ -42,7 +42,12 @@ def head_step(head: Any, sharp: bool, width: int, vocab: int) -> Callable[[], No
 
 
 def exact_step(
-    source: str, vocab: int, latents: int = LATENTS, length: int = 32, mode: Mode = "kept", spread: float = SPREAD
+    source: str,
+    vocab: int,
+    latents: int = LATENTS,
+    length: int = 32,
+    mode: ActivationsMode = "kept",
+    spread: float = SPREAD,
 ) -> Callable[[], None]:
     """Return a training step by an exact posterior whose second-best latent is so many nats worse."""
     losses: dict[str, LossCallback | None] = {"free_energy": FreeEnergyLoss()}
@@ -60,7 +65,7 @@ def exact_step(
 def again(source: str, vocab: int, length: int, repeat: int) -> Iterator[Figure]:
     """X3-X4: activations of all branches kept, against those with a gradient made again."""
     for latents, spread, gate, aim in ((4, ALONE, 1.3, 1.5), (8, ALONE, 1.6, 2.0), (4, FLAT, None, None)):
-        modes: tuple[Mode, ...] = ("kept", "again", "auto")
+        modes: tuple[ActivationsMode, ...] = ("kept", "again", "auto")
         sides = {mode: exact_step(source, vocab, latents, length, mode, spread) for mode in modes}
         best = seconds(sides, repeat)
         kind = "flat posterior" if spread == FLAT else "one latent weighs"
