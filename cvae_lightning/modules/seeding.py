@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from cvae_lightning.backbones.causal_lm import evaluating
-from cvae_lightning.backbones.generation import generate_ids
+from cvae_lightning.backbones.generation import generate_within
 from cvae_lightning.backbones.solution_features import solution_features
 from cvae_lightning.modules.descent import descend
 from cvae_lightning.modules.evened import evened
@@ -240,13 +240,13 @@ class LatentSeeding(HasSpec):
             for i in progress(range(0, len(xs), size), "seeding: solutions", module.shows_progress):
                 some = xs[i : i + size]
                 ids, mask = (t.to(module.device) for t in template.prefixes(some))
-                room = longest - ids.shape[1] - behind
-                ys = generate_ids(
+                ys = generate_within(
                     lm,
                     ids,
                     mask,
                     template.end_id,
-                    max(1, min(longest_y + 8, room)),
+                    longest_y + 8,
+                    longest - behind + 1,  # <y> is behind x already
                     do_sample=True,
                     generator=generator,
                     banned=banned,

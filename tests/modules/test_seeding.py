@@ -105,14 +105,14 @@ def test_solutions_come_in_rows_and_are_those_of_the_seed(artifact, monkeypatch)
 
 def watch_ids(monkeypatch):
     """Collect the ids of every y that is generated, cut at its end."""
-    seen, generate = [], module_of_seeding.generate_ids
+    seen, generate = [], module_of_seeding.generate_within
 
     def watching(lm, ids, mask, end_id, *args, **options):
         result = generate(lm, ids, mask, end_id, *args, **options)
         seen.extend(row[: [*row, end_id].index(end_id)] for row in result.tolist())
         return result
 
-    monkeypatch.setattr(module_of_seeding, "generate_ids", watching)
+    monkeypatch.setattr(module_of_seeding, "generate_within", watching)
     return seen
 
 

@@ -1,11 +1,13 @@
 """Inference and scoring of texts by trained latents, against loops over the model's own forward pass."""
 
+import numpy as np
 import pytest
 import torch
 from tiny import RECORDS, tiny_artifact
 
 from cvae_lightning.losses import PosteriorDistillationLoss, ReconstructionLoss
 from cvae_lightning.modules import ContinuousCVAE, SharedDiscreteCVAE
+from cvae_lightning.outputs import Record
 
 XS, YS = [r.x for r in RECORDS], [r.y for r in RECORDS]
 PLAIN = {"reconstruction_loss": ReconstructionLoss()}
@@ -85,6 +87,39 @@ def test_wrong_texts_are_one_clear_error(artifact):
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("cls", [SharedDiscreteCVAE, ContinuousCVAE])
+def test_an_x_that_leaves_no_room_is_one_clear_error(tmp_path, cls, family):
+    model = build(tiny_artifact(tmp_path, family), cls=cls)
+    model.template.max_length = 20  # of records to train on; no matter here
+    batch = model.template.unlimited().collate([Record("2", ""), Record("1" * 80, "")])
+    for call in (
+        lambda: model.route(batch.x),
+        lambda: model.generate(batch.x, max_new_tokens=3),
+        lambda: model.generate(batch.x, max_new_tokens=3, num_beams=2),
+        lambda: model.predict_step(batch, 0),
+    ):
+        with pytest.raises(ValueError, match=r"whose x begins with '1111.*the model's 64 positions"):
+            call()
+    assert model.log_evidence(["1" * 20], ["2" * 10]).isfinite()
+
+
+def test_a_latent_may_be_any_kind_of_number(artifact):
+    model, options = build(artifact, num_latents=3), {"max_new_tokens": 5}
+    expected = model.generate(XS, 1, **options)
+    for z in (np.int64(1), torch.tensor(1), [1] * 5, np.ones(5, int), torch.ones(5, dtype=torch.int64), (1,) * 5):
+        assert model.generate(XS, z, **options) == expected
+    for wrong in (1.0, [1.0] * 5, [[1]] * 5, None):
+        with pytest.raises(ValueError, match="z must be a latent or a list of latents, got"):
+            model.generate(XS, wrong)
+    with pytest.raises(ValueError, match="one for all or one per x"):
+        model.generate(XS, [1, 1])
+    gaussian = build(artifact, cls=ContinuousCVAE, latent_dim=2)
+    expected = gaussian.generate(XS, torch.full((2,), 0.5), **options)
+    for z in ([0.5, 0.5], np.full(2, 0.5), np.full((5, 2), 0.5), [[0.5, 0.5]] * 5):
+        assert gaussian.generate(XS, z, **options) == expected
 
 
 def test_nothing_asked_for_is_nothing(artifact):
