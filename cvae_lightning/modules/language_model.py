@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -204,6 +204,7 @@ class LanguageModule(HasSpec, Shardable):
         path = remembered.get("_class_path")
         target = cls if path is None else find_class(path, cls, source)
         own = {key: value for key, value in remembered.items() if key not in ("_class_path", "_instantiator", *kwargs)}
+        own = target.by_itself(own, stored, kwargs)
         try:
             model = target(**rebuild(own, source), **kwargs)
         except (TypeError, AttributeError, KeyError) as error:
@@ -211,6 +212,19 @@ class LanguageModule(HasSpec, Shardable):
         model.on_load_checkpoint(stored)
         model.load_state_dict(stored["state_dict"], strict=strict is not False)
         return model.to(next((value.device for value in stored["state_dict"].values()), "cpu"))
+
+    @classmethod
+    def by_itself(
+        cls, arguments: dict[str, Any], stored: Mapping[str, Any], given: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return the arguments that a checkpoint remembers, where it holds what they point to.
+
+        Args:
+            arguments: what it remembers.
+            stored: the checkpoint.
+            given: what the caller gives in place of these.
+        """
+        return arguments
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say in which format the checkpoint is."""

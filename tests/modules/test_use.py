@@ -1,10 +1,13 @@
 """Inference and scoring of texts by trained latents, against loops over the model's own forward pass."""
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
-from tiny import RECORDS, tiny_artifact
+from tiny import QUIET, RECORDS, tiny_artifact, tiny_lm
 
+from cvae_lightning.backbones.artifact import Baseline, save_artifact
+from cvae_lightning.backbones.causal_lm import load_causal_lm
 from cvae_lightning.losses import PosteriorDistillationLoss, ReconstructionLoss
 from cvae_lightning.modules import ContinuousCVAE, SharedDiscreteCVAE
 from cvae_lightning.outputs import Record
@@ -87,6 +90,26 @@ def test_wrong_texts_are_one_clear_error(artifact):
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("cls", [SharedDiscreteCVAE, ContinuousCVAE])
+def test_a_base_model_in_half_precision_is_loaded_in_full(tmp_path, cls):
+    """What is trained is fp32, whatever the base model's config says; its checkpoint is not rounded when loaded."""
+    lm, template = tiny_lm()
+    save_artifact(
+        tmp_path / "base", lm.bfloat16(), template.tokenizer, Baseline(1.5, 10, "val", template.fingerprint())
+    )
+    model = build(str(tmp_path / "base"), cls=cls)
+    assert {model.lm.dtype, load_causal_lm(str(tmp_path / "base")).dtype} == {torch.float32}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1e-3 * torch.randn_like(parameter))
+    trainer = L.Trainer(**QUIET)
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    again = cls.load_from_checkpoint(tmp_path / "model.ckpt")
+    assert {p.dtype for p in again.parameters()} == {torch.float32}
+    assert torch.equal(again.log_evidence(XS, YS), model.log_evidence(XS, YS))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
