@@ -102,6 +102,8 @@ class DiscreteOutputs(_TensorFields):
         inter_latent_jsd: [B, T] JSD of the K next-token distributions.
         seed_shares: [K] shares of the latents, as they are seeded, among the entangled model's solutions; they sum to
             1. Uniform until there are seeds, None without a seeding.
+        seed_ways: [K] int64, the way of solving that each latent was seeded with a part of. All 0 until there are
+            seeds, None without a seeding.
     """
 
     router_log_probs: Tensor
@@ -114,6 +116,7 @@ class DiscreteOutputs(_TensorFields):
     baseline_nll: Tensor | None = None
     inter_latent_jsd: Tensor | None = None
     seed_shares: Tensor | None = None
+    seed_ways: Tensor | None = None
 
     @property
     def sequence_nll(self) -> Tensor:

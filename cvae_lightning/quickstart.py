@@ -80,7 +80,11 @@ def quickstart(args: Sequence[str] = (), command: Sequence[str] | None = None) -
         if done.get("fingerprint") == upstream and any(FOLDER.glob(step.product)):
             print(f"finished earlier in {done['seconds']:.0f} s; `cvae-lightning quickstart --force` runs it again")
             continue
-        rerun = True  # what comes after a step that ran again is stale
+        if not rerun:  # what comes after a step that runs again is stale, also for a call after one that is broken off
+            later = {shlex.join(["cvae-lightning", *stale.words]) for stale in STEPS[number - 1 :]}
+            finished = {shown: entry for shown, entry in finished.items() if shown not in later}
+            write_json(stamp_file, finished)
+        rerun = True
         start = time.monotonic()
         code = subprocess.run(
             [*command_line, *step.words], check=False, env=alone(os.environ), preexec_fn=end_with_parent()

@@ -89,6 +89,15 @@ def test_a_failed_step_stops_and_is_run_again(run, capfd, tmp_path):
     assert run() == (0, COMMANDS[1:])
 
 
+def test_a_step_that_is_broken_off_leaves_none_behind_it_finished(run, tmp_path):
+    run()
+    (tmp_path / "runs/quickstart/entangled/artifact/baseline.json").unlink()
+    (tmp_path / "fail").touch()
+    assert run() == (3, COMMANDS[:2])
+    (tmp_path / "fail").unlink()
+    assert run() == (0, COMMANDS[1:])
+
+
 def test_steps_name_public_commands_only():
     from cvae_lightning.cli import TRAINING
 

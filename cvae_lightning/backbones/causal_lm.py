@@ -36,7 +36,7 @@ class Head:
 
 
 def build_causal_lm(config: dict[str, Any], vocab_size: int, pad_token_id: int | None = None) -> Any:
-    """Build a randomly initialised causal LM.
+    """Build a randomly initialised causal LM, in fp32 whatever the config's ``dtype``.
 
     Args:
         config: keywords of a Hugging Face config, ``model_type`` among them (``llama``, ``gpt2``, ``qwen2``, ...).
@@ -61,7 +61,7 @@ def build_causal_lm(config: dict[str, Any], vocab_size: int, pad_token_id: int |
     try:
         built = AutoConfig.for_model(model_type, **config)
         _refuse_kernel(built)
-        return fuse_activations(AutoModelForCausalLM.from_config(built))
+        return fuse_activations(AutoModelForCausalLM.from_config(built).float())
     except (KeyError, TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:
         reason = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
         raise ValueError(f"cannot build a model of type {model_type!r} from model.config: {reason}") from error

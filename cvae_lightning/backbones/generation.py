@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cvae_lightning.backbones.branch_choice import attends_only
 from cvae_lightning.backbones.causal_lm import decoder_of, head_of
@@ -72,12 +72,71 @@ def expansion(options: Mapping[str, Any]) -> int:
 
 
 @torch.no_grad()
-def generate_ids(
+def generate_within(
     lm: Any,
     ids: Tensor,
     mask: Tensor,
     end_id: int,
     max_new_tokens: int,
+    positions: int | None,
+    embed: Callable[[Tensor, Tensor], Tensor] | None = None,
+    first: int = 0,
+    **options: Any,
+) -> Tensor:
+    """Continue left-padded prompts as :func:`generate_ids` does, each as far as there is room for it.
+
+    A long prompt must not cut short what stands beside it, so every row has room of its own. Where padding takes room
+    too, in transformers' ``generate`` and in families that keep a table of all pairs of places, prompts that are short
+    of it are continued together with those of their own length.
+
+    Args:
+        lm: a Hugging Face causal LM.
+        ids: [N, L] prompts, padded on the left.
+        mask: [N, L] True at real tokens.
+        end_id: the token that ends a row.
+        max_new_tokens: longest continuation.
+        positions: how many tokens may stand in a row, branch and continuation included; None = any number. Every row
+            may be continued by one.
+        embed: turns the prompts [n, l] of these rows [n] into input embeddings [n, l, D].
+        first: number of the first row, as ``embed`` counts them.
+        options: others of :func:`generate_ids`.
+
+    Returns:
+        As :func:`generate_ids`.
+    """
+    branches = options.get("branches")
+    lengths = (mask.sum(-1) + (0 if branches is None else branches.shape[1])).cpu()
+    room = torch.full_like(lengths, max_new_tokens)
+    if positions is not None:
+        room = (positions - lengths).clamp(1, max_new_tokens)
+    rows = torch.arange(len(ids))
+    groups = [rows[room == most] for most in room.unique()] if _padding_takes_room(lm, options) else [rows]
+    parts: list[Tensor] = []
+    for group in groups:
+        width = int(mask[group].sum(-1).max())
+        prompts, real = ids[group, -width:], mask[group, -width:]
+        most = room[group] if len(room[group].unique()) > 1 else int(room[group[0]])
+        prompts = embed(prompts, first + group) if embed else prompts
+        parts.append(generate_ids(lm, prompts, real, end_id, most, **options))
+    longest = max(part.shape[1] for part in parts)
+    padded = [nn.functional.pad(part, (0, longest - part.shape[1]), value=end_id) for part in parts]
+    return torch.cat(padded).unflatten(0, (len(ids), -1))[torch.cat(groups).argsort()].flatten(0, 1)
+
+
+def _padding_takes_room(lm: Any, options: Mapping[str, Any]) -> bool:
+    """Whether padded places count where tokens are counted: by transformers, or in a table of all pairs of places."""
+    by_transformers = not options.keys() <= set(inspect.signature(generate_ids).parameters)
+    positions = getattr(lm.config, "max_position_embeddings", None)
+    return by_transformers or any(buffer.shape[-2:] == (positions, positions) for buffer in lm.buffers())
+
+
+@torch.no_grad()
+def generate_ids(
+    lm: Any,
+    ids: Tensor,
+    mask: Tensor,
+    end_id: int,
+    max_new_tokens: int | Tensor,
     *,
     do_sample: bool = False,
     temperature: float = 1.0,
@@ -97,7 +156,8 @@ def generate_ids(
         ids: [N, L] prompts, padded on the left; or [N, L, D] their input embeddings.
         mask: [N, L] True at real tokens.
         end_id: the token that ends a row; what follows it in a row has no meaning.
-        max_new_tokens: longest continuation.
+        max_new_tokens: longest continuation, at least 1; or that of each prompt, [N], without ``options``: a row that
+            has reached its own has ended.
         do_sample: draw from the model instead of taking the most probable token.
         temperature: divides the logits when sampling; > 0.
         generator: source of randomness for sampling.
@@ -124,7 +184,9 @@ def generate_ids(
             options["temperature"] = temperature
         return _generate_by_transformers(lm, ids, mask, end_id, generator, banned, tokenizer, options)
     decoder, head = decoder_of(lm), head_of(lm)
-    cache: Any = generation_cache(lm, max_new_tokens) if takes_cache(decoder) else None
+    most = torch.as_tensor(max_new_tokens).expand(len(mask)).to(mask.device)
+    longest = int(most.max())
+    cache: Any = generation_cache(lm, longest) if takes_cache(decoder) else None
     remembering = {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
     sharing = cache is not None and attends_only(lm)
     mask = mask.long()
@@ -142,8 +204,10 @@ def generate_ids(
         else:
             ids, positions = torch.cat([ids.repeat_interleave(len(branches), 0), tail], -1), behind
     rows = torch.arange(len(mask), device=mask.device)  # those that still run
-    result = mask.new_full((len(mask), max_new_tokens), end_id)
-    for step in range(max_new_tokens):
+    most = most.repeat_interleave(len(mask) // len(most))
+    last = positions[:, -1] + most - 1  # position of the last token that a row reads
+    result = mask.new_full((len(mask), longest), end_id)
+    for step in range(longest):
         output = decoder(
             **{"inputs_embeds" if ids.is_floating_point() else "input_ids": ids},
             attention_mask=mask,
@@ -157,13 +221,13 @@ def generate_ids(
             new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
         else:
             new = logits.argmax(-1, keepdim=True)
-        result[rows, step] = new[:, 0]
-        running = (result[rows, : step + 1] != end_id).all(-1)
+        result[rows, step] = new[:, 0].where(step < most[rows], end_id)
+        running = (result[rows, : step + 1] != end_id).all(-1) & (step + 1 < most[rows])
         left = int(running.sum())
         if left == 0:
             return result[:, : step + 1]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
-        behind = positions[:, -1:] + 1
+        behind = torch.minimum(positions[:, -1] + 1, last[rows])[:, None]
         if cache is None:  # all of it is read again
             tail = lm.get_input_embeddings()(new) if ids.is_floating_point() else new
             ids, positions = torch.cat([ids, tail], 1), torch.cat([positions, behind], -1)
@@ -197,7 +261,7 @@ def _generate_by_transformers(
     options: dict[str, Any],
 ) -> Tensor:
     """Return new token ids by ``lm.generate``, under these options alone."""
-    from transformers import GenerationConfig, StoppingCriteria
+    from transformers import GenerationConfig, RepetitionPenaltyLogitsProcessor, StoppingCriteria
 
     class StopStrings(StoppingCriteria):
         """Ends a row whose y holds a string; transformers' own fails on tokenizers that cannot write its probe."""
@@ -218,6 +282,7 @@ def _generate_by_transformers(
     if options["do_sample"]:
         options.setdefault("top_k", 0)  # transformers' own default is 50
     vectors = ids.is_floating_point()
+    penalty = options.pop("repetition_penalty", None) if vectors else None  # which would spare as much as is padded
     start = 0 if vectors else ids.shape[1]  # where y starts in what transformers hands back
     seed = None if generator is None else int(torch.randint(2**62, (), generator=generator, device=generator.device))
     with _defaults(lm), torch.random.fork_rng([ids.device] if ids.is_cuda else [], enabled=seed is not None):
@@ -227,6 +292,7 @@ def _generate_by_transformers(
             **{"inputs_embeds" if vectors else "input_ids": ids},
             attention_mask=mask.long(),
             generation_config=GenerationConfig(**options),
+            logits_processor=[] if penalty is None else [RepetitionPenaltyLogitsProcessor(penalty)],
             stopping_criteria=[StopStrings()] if stops else None,
         )
     return produced[:, start:]

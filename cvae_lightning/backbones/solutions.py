@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from cvae_lightning.backbones.causal_lm import evaluating
-from cvae_lightning.backbones.generation import generate_ids
+from cvae_lightning.backbones.generation import generate_within
 from cvae_lightning.outputs import Record
 from cvae_lightning.template import PromptTemplate
 
@@ -55,7 +55,8 @@ def draw_solutions(
         raise ValueError("the tokenizer has no end of text, so that a solution behind a plain prompt needs a `stop`")
     device, limit = next(lm.parameters()).device, _longest_record(lm, template)
     ids, mask = template.prefixes(xs) if prompt is None else _plain_prompts(template, prompt, xs)
-    room = limit - mask.sum(-1) - template.section_length - len(template.eos)  # for y and </y>
+    behind = template.section_length + len(template.eos)
+    room = limit - mask.sum(-1) - behind  # for y and </y>
     for x, left in zip(xs, room.tolist(), strict=True):
         if left < 2 and template.on_overflow == "error":
             raise ValueError(
@@ -79,19 +80,22 @@ def draw_solutions(
         options |= {"stop_strings": list(stop), "tokenizer": template.tokenizer} if stop else {}
     end = template.end_id if prompt is None else template.eos[0] if template.eos else template.pad_id
     with evaluating(lm):
-        ys = generate_ids(
+        ys = generate_within(
             lm,
             ids,
             mask,
             end,
-            min(max_new_tokens, int(room[solvable].min())),
+            max_new_tokens,
+            limit - behind + (prompt is None),  # <y> is counted with what lies between x and y
             do_sample=True,
             temperature=temperature,
             generator=torch.Generator(device).manual_seed(seed),
             banned=torch.tensor([*never, *(i for i in template.all_latent_ids if i < rows)], device=device),
             **options,
         )
-    texts = [_ended(template, row, end, prompt is not None, stop) for row in ys.tolist()]
+    own = room[solvable].repeat_interleave(num_solutions).tolist()  # a row ends there, and is not whole
+    rows_of = zip(ys.tolist(), own, strict=True)
+    texts = [_ended(template, row[:most], end, prompt is not None, stop) for row, most in rows_of]
     repeated = [xs[i] for i in solvable for _ in range(num_solutions)]
     ended = [j for j, text in enumerate(texts) if text is not None]
     segments = template.segments([Record(repeated[j], texts[j] or "") for j in ended])

@@ -96,6 +96,14 @@ def markdown(rows: Sequence[Row], total: int, columns: Mapping[str, str], comman
     if failed:
         lines += ["## Failed cells", ""]
         lines += [f"- {_name(row)}: {' '.join(row['error'].split())[-400:]}" for row in failed] + [""]
+    found = [row["metrics"] or {} for row in done if row["seed"] is not None]
+    absent = [
+        f"{heading} ({key})"
+        for heading, key in columns.items()
+        if found and any(all(name.strip() not in metrics for metrics in found) for name in key.split(" / "))
+    ]
+    if absent:
+        lines += [f"No summary.json holds what these columns are to show: {', '.join(absent)}.", ""]
     changed = [_name(row) for row in rows if row.get("changed")]
     if changed:
         lines += [f"Run with another configuration than the config file now says: {', '.join(changed)}.", ""]

@@ -90,7 +90,9 @@ class CollapseAlarm(Callback):
         """Return ``{cause: message}`` for one set of logged metrics."""
         k = int(getattr(pl_module, "num_latents", 0) or 0)
         perplexity = logged(metrics, "val/diagnostics/latent_usage_perplexity")
-        kl = logged(metrics, "val/kl_prior_loss")
+        kl = logged(metrics, "val/diagnostics/prior_kl")  # itself, where the loss is of another form
+        if math.isnan(kl):
+            kl = logged(metrics, "val/kl_prior_loss")
         jsd = logged(metrics, "val/diagnostics/inter_latent_jsd/weighted_mean")
         balanced = _balance_weight(pl_module) > 0
         spread = (

@@ -208,7 +208,7 @@ class StrategyEvaluation(Callback):
         )
         if task is None:
             return
-        best = self._generate(module, xs, greedy, task)
+        best = self._generate(module, xs, greedy, task, generator_seed=self.seed + 1 + trainer.global_rank)
         counts = [len(xs), *(sum(bool(g.correct) for g in table) for table in (self.samples, best))]
         count, sampled, argmax = _reduce_sum(trainer, module, torch.tensor(counts, dtype=torch.float32)).tolist()
         self.scores["sampled/final_answer_accuracy"] = sampled / count

@@ -128,8 +128,8 @@ class LatentPanels(Callback):
                 f"latents at step {step} ({stage})",
             )
         if self._moments is not None:
-            moments = (self._moments["router_mean"].cpu(), self._moments["router_variance"].cpu())
-            drawn["router_marginal"] = latent_figures.router_marginal(*moments, points["router_mean"])
+            mean, variance = (self._moments[name].cpu().reshape(-1) for name in ("router_mean", "router_variance"))
+            drawn["router_marginal"] = latent_figures.router_marginal(mean, variance, points["router_mean"])
         if evaluation.clusters is not None:
             distances, _ = evaluation.clusters.separation(evaluation.points["posterior_mean"])
             drawn["centroid_distances"] = latent_figures.centroid_distances(distances)

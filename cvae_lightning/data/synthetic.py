@@ -106,7 +106,7 @@ class SyntheticDataModule(RecordDataModule):
                 raise ValueError(f"data.{split}_size must be at least 1, got {size}")
         self.strategy_probs = StrategyFrequencies.of(frequencies, self.strategy_names)
         self._records: dict[Split, SyntheticRecords] = {}
-        self._ceilings: dict[Split, Ceiling] = {}
+        self._ceilings: dict[tuple[Split, int], Ceiling] = {}
 
     def has_split(self, split: Split) -> bool:
         """Return True: every split has records."""
@@ -121,12 +121,17 @@ class SyntheticDataModule(RecordDataModule):
         return self._records[split]
 
     def ceiling(self, split: Split) -> Ceiling:
-        """Return the ceilings of alignment over the inputs of a split (the first 5000), under p(s|x)."""
-        if split not in self._ceilings:
+        """Return the ceilings of alignment over the inputs of a split (the first 5000), under p(s|x).
+
+        They are those of the trainer's module where it has fewer latents than there are strategies.
+        """
+        latents = getattr(getattr(self.trainer, "lightning_module", None), "num_latents", 0)
+        key = split, min(latents or len(self.strategy_names), len(self.strategy_names))
+        if key not in self._ceilings:
             records = self.given_records(split)
             xs = [records[i].x for i in range(min(len(records), 5000))]
-            self._ceilings[split] = self.task.ceiling_over(xs, self.strategy_probs)
-        return self._ceilings[split]
+            self._ceilings[key] = self.task.ceiling_over(xs, self.strategy_probs, key[1])
+        return self._ceilings[key]
 
     def given_fingerprint(self, split: Split) -> str:
         """Return a hash of everything that the split's records follow from, and of the first of them."""

@@ -81,8 +81,6 @@ def write_model(folder: Path, module: SharedDiscreteCVAE | ContinuousCVAE, kind:
     ).save_pretrained(folder)
     plain_tokenizer(template.tokenizer, template.pad_id).save_pretrained(folder)
     arguments = {name: module.hparams[name] for name in ARGUMENTS[kind] if name in module.hparams}
-    if not posterior and kind == "discrete":
-        arguments["posterior"] = "exact"
     files = {}
     if not is_plain(module):
         files["latent"] = LATENT_FILES[kind]

@@ -22,7 +22,10 @@ class _NoPosterior(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Say so."""
-        raise ValueError("this export holds no posterior network: export the checkpoint again with --posterior")
+        raise ValueError(
+            "this export holds no posterior network: export the checkpoint again with --posterior (tokens as latents "
+            "have an exact posterior too, which needs none: posterior='exact')"
+        )
 
 
 def load_export(folder: str | Path) -> SharedDiscreteCVAE | ContinuousCVAE:
@@ -30,7 +33,8 @@ def load_export(folder: str | Path) -> SharedDiscreteCVAE | ContinuousCVAE:
 
     ``route``, ``generate`` and, for tokens as latents, ``generate_all``, ``infer``, ``log_likelihood`` and
     ``log_evidence`` work as on the checkpoint. What needs the posterior network (``infer`` and ``log_evidence`` of a
-    Gaussian latent, ``infer`` with ``posterior="amortized"``) asks for an export with ``--posterior``.
+    Gaussian latent, ``infer`` with ``posterior="amortized"`` or of a model trained with that) asks for an export with
+    ``--posterior``.
 
     Args:
         folder: the exported folder.
@@ -42,7 +46,7 @@ def load_export(folder: str | Path) -> SharedDiscreteCVAE | ContinuousCVAE:
     kind, arguments, content = _read(folder)
     files = content["files"]
     losses: dict[str, LossCallback | None] = {"free_energy_loss": FreeEnergyLoss()}
-    if "posterior" in files and kind == "discrete":
+    if kind == "discrete":
         losses["posterior_distillation_loss"] = PosteriorDistillationLoss()  # what keeps a posterior network up to date
     with torch.random.fork_rng([]):
         try:

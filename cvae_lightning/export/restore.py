@@ -16,7 +16,7 @@ KINDS: dict[str, type[SharedDiscreteCVAE] | type[ContinuousCVAE]] = {
     "discrete": SharedDiscreteCVAE,
     "continuous": ContinuousCVAE,
 }
-TRAINING_STATE = ("losses.", "contributions.", "metrics.", "seeded", "seed_counts")
+TRAINING_STATE = ("losses.", "contributions.", "metrics.", "seeded", "seed_counts", "seed_ways")
 """Beginnings of the names of what a checkpoint holds besides the model."""
 
 

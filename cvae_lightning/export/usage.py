@@ -82,11 +82,12 @@ print(logits[:, latents].softmax(-1).tolist())'''
 def load_usage(module: SharedDiscreteCVAE | ContinuousCVAE, xs: Sequence[str]) -> str:
     """Return how to use an export with this package."""
     if isinstance(module, SharedDiscreteCVAE):
-        calls = """print(model.generate(xs, 0))  # y under latent 0; also "router", "argmax", one latent for each x
+        kind = ', "exact"' if module.posterior_kind == "amortized" else ""  # the network may have been left out
+        calls = f"""print(model.generate(xs, 0))  # y under latent 0; also "router", "argmax", one latent for each x
 print(model.generate(xs, "all"))  # under every latent
 print(model.route(xs).exp().tolist())  # p(z|x)
 ys = model.generate(xs, "argmax")
-print(model.infer(xs, ys).exp().tolist())  # q(z|x,y)
+print(model.infer(xs, ys{kind}).exp().tolist())  # q(z|x,y)
 print(model.log_evidence(xs, ys).tolist())  # log p(y|x), in nats"""
     else:
         calls = """print(model.generate(xs, "router", generator_seed=0))  # under a z from p(z|x); also "mean", a tensor

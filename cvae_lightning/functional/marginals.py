@@ -52,31 +52,41 @@ def gaussian_router_marginal_kl(mean: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (variance + centre.square() - 1 - log_variance).sum()
 
 
-def categorical_router_marginal_kl(log_p: Tensor, prior: Tensor | None = None) -> Tensor:
+def categorical_router_marginal_kl(log_p: Tensor, prior: Tensor | None = None, groups: Tensor | None = None) -> Tensor:
     """KL(p_bar || prior) of the mean distribution of a global batch; falls when the latents are used as the prior says.
 
     p_bar = mean_i p_i. Bounds: 0, and log K for the uniform prior. Zero iff p_bar = prior. Serves the router and the
     aggregate posterior alike. A zero in the prior counts as the smallest positive number, so the value stays finite.
 
+    With groups of latents, what a group has of p_bar may be anything, and the prior is that its latents have equal
+    parts of it: zero iff they do, and so where every group is one latent.
+
     Args:
         log_p: normalised log-probabilities of this process's batch; may hold -inf.
         prior: probabilities that sum to 1; None = uniform.
+        groups: the group of each latent, any numbers, in place of a prior.
 
     Shape:
-        log_p: [B, K]; prior: [K] -> [], nats, at least fp32.
+        log_p: [B, K]; prior: [K]; groups: [K] int -> [], nats, at least fp32.
 
     Raises:
-        ValueError: if prior does not have one entry per latent.
+        ValueError: if prior or groups do not have one entry per latent, or both are given.
 
     Example:
         >>> categorical_router_marginal_kl(torch.tensor([[1.0, 0.0], [0.0, 1.0]]).log())
         tensor(0.)
     """
     marginal = global_batch_mean(at_least_float32(log_p).exp())
-    if prior is None:
+    if prior is not None and groups is not None:
+        raise ValueError("give a prior or groups of latents, not both")
+    for name, given in (("prior", prior), ("groups", groups)):
+        if given is not None and given.shape != marginal.shape:
+            raise ValueError(f"{name} must have one entry per latent, {marginal.shape[0]}, got {tuple(given.shape)}")
+    if groups is not None:
+        alike = (groups[:, None] == groups).to(marginal)
+        prior = (alike @ marginal) / alike.sum(-1)
+    elif prior is None:
         prior = torch.full_like(marginal, 1 / marginal.shape[0])
-    elif prior.shape != marginal.shape:
-        raise ValueError(f"prior must have one probability per latent, {marginal.shape[0]}, got {tuple(prior.shape)}")
     tiny = torch.finfo(marginal.dtype).tiny
     log_ratio = marginal.clamp_min(tiny).log() - prior.to(marginal).clamp_min(tiny).log()
     return (marginal * log_ratio).sum()

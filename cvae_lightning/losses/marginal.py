@@ -15,11 +15,13 @@ from cvae_lightning.outputs import ContinuousOutputs, DiscreteOutputs
 class _MarginalKLLoss(LossCallback):
     of_marginals: ClassVar[bool] = True
 
-    def __init__(self, weight: float = 1.0, prior: list[float] | Literal["seeds"] | None = None) -> None:
+    def __init__(self, weight: float = 1.0, prior: list[float] | Literal["seeds", "ways"] | None = None) -> None:
         super().__init__(weight)
         self.prior = prior
 
-    def _discrete(self, log_probs: Tensor, seed_shares: Tensor | None) -> Tensor:
+    def _discrete(self, log_probs: Tensor, seed_shares: Tensor | None, seed_ways: Tensor | None) -> Tensor:
+        if self.prior == "ways":
+            return categorical_router_marginal_kl(log_probs, groups=seed_ways)
         if self.prior == "seeds":
             if seed_shares is None:
                 raise ValueError(
@@ -45,7 +47,8 @@ class RouterMarginalKLLoss(_MarginalKLLoss):
     Args:
         weight: factor of the term; 0 = diagnostic only.
         prior: K probabilities; ``seeds`` = the shares of the latents, as they are seeded, among the entangled model's
-            solutions (:class:`LatentSeeding`; uniform until there are seeds); None = uniform. Discrete only.
+            solutions (:class:`LatentSeeding`; uniform until there are seeds); ``ways`` = equal parts for the latents
+            that were seeded with parts of one way of solving, whatever that way's share; None = uniform. Discrete only.
 
     Returns:
         [] nats, fp32.
@@ -54,7 +57,7 @@ class RouterMarginalKLLoss(_MarginalKLLoss):
     def forward(self, outputs: DiscreteOutputs | ContinuousOutputs) -> Tensor:
         """Return the KL, []."""
         if isinstance(outputs, DiscreteOutputs):
-            return self._discrete(outputs.router_log_probs, outputs.seed_shares)
+            return self._discrete(outputs.router_log_probs, outputs.seed_shares, outputs.seed_ways)
         return self._gaussian(outputs.prior_mean, outputs.prior_logvar)
 
 
@@ -71,7 +74,10 @@ class AggregatePosteriorBalanceLoss(_MarginalKLLoss):
         weight: factor of the term; 0 = diagnostic only.
         prior: K probabilities; ``seeds`` = the shares of the latents, as they are seeded, among the entangled model's
             solutions (:class:`LatentSeeding`; uniform until there are seeds), an estimate of how often each strategy is
-            used; None = uniform, which is wrong where strategies are known to be skewed.
+            used; ``ways`` = equal parts for the latents that were seeded with parts of one way of solving, whatever
+            that way's share, for a K larger than the number of ways (where each way has one latent the term is 0;
+            without seeds all latents are of one way); None = uniform, which is wrong where strategies are known to be
+            skewed.
 
     Returns:
         [] nats, fp32.
@@ -80,5 +86,5 @@ class AggregatePosteriorBalanceLoss(_MarginalKLLoss):
     def forward(self, outputs: DiscreteOutputs | ContinuousOutputs) -> Tensor:
         """Return the KL, []."""
         if isinstance(outputs, DiscreteOutputs):
-            return self._discrete(outputs.posterior_log_probs, outputs.seed_shares)
+            return self._discrete(outputs.posterior_log_probs, outputs.seed_shares, outputs.seed_ways)
         return self._gaussian(outputs.posterior_mean, outputs.posterior_logvar)

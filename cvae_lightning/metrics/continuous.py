@@ -23,7 +23,7 @@ class LatentMoments(SumStatistics):
     `compute()` returns, [D] each, `posterior_mean_mean` and `posterior_mean_variance` (mean and variance over the
     records of E_q[z]), `posterior_variance` (mean of the posterior variances), `router_mean` and `router_variance` (the
     moment-matched router marginal), and `active_units`, the number of dimensions with a `posterior_mean_variance` above
-    delta.
+    delta. With D = 1 all are [], as torchmetrics hands out single numbers; `by_dimension()` has them as [1].
     Source: Burda et al. 2016, Section 5.2, arXiv 1509.00519 (active units).
 
     Args:
@@ -78,6 +78,10 @@ class LatentMoments(SumStatistics):
             "router_variance": (router_square - router.square()).clamp_min(0),
             "active_units": (moved > self.delta).sum(),
         }
+
+    def by_dimension(self) -> dict[str, Tensor]:
+        """Return what `compute()` returns, [D] also where D = 1."""
+        return {name: value if name == "active_units" else value.reshape(-1) for name, value in self.compute().items()}
 
     def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes]:
         """Draw signal, noise and router variance per dimension."""
@@ -141,7 +145,7 @@ class ContinuousMetrics(EpochMetrics):
 
     def compute_and_reset(self, c_base: float | None) -> dict[str, Tensor]:
         """Return the epoch's metrics by log key, without stage, and start anew."""
-        result, moments, errors = self.costs_and_scalars(c_base), self.moments.compute(), self.errors.compute()
+        result, moments, errors = self.costs_and_scalars(c_base), self.moments.by_dimension(), self.errors.compute()
         # the records' errors are independent: variances add
         records = self.moments.count
         result["marginal_nll_standard_error"] = (errors["squared_error"] / records).sqrt() / errors["tokens"]

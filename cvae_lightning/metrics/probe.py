@@ -14,7 +14,7 @@ Clusterer = Literal["kmeans", "gaussian_mixture"]
 def linear_probe_accuracy(points: Tensor, labels: Tensor, shuffle_seed: int | None = None) -> float:
     """Accuracy of a linear classifier of the strategy on held-out points.
 
-    A logistic regression on standardised points, fitted on every second point and scored on the others, and the other
+    A logistic regression on standardised points, fitted on a random half of them and scored on the other, and the other
     way round; the mean of both. Bounds: 0, 1. With ``shuffle_seed`` the labels are permuted first, which gives the
     floor that a latent without information reaches.
     Source: Alain & Bengio 2017, arXiv 1610.01644 (linear probes).
@@ -40,7 +40,8 @@ def linear_probe_accuracy(points: Tensor, labels: Tensor, shuffle_seed: int | No
     x, y = points[known].double().numpy(), labels[known].numpy()
     if shuffle_seed is not None:
         y = np.random.default_rng(shuffle_seed).permutation(y)
-    halves = (slice(0, None, 2), slice(1, None, 2))
+    order = np.random.default_rng(0).permutation(len(y))  # records may be listed by strategy, or strategies in turn
+    halves = (order[::2], order[1::2])
     if len(y) < 10 or any(len(np.unique(y[half])) < 2 for half in halves) or not np.isfinite(x).all():
         return float("nan")
     scores = []

@@ -222,6 +222,10 @@ class CVAEModule(ComparedModule, ABC):
         return {prefix + key: value for key, value in values.items()}
 
 
+LOGGED = ("loss", "elbo", "marginal_nll", "marginal_nll_ratio", "baseline_nll", "rho_recon")
+"""What evaluations log by these names, beside the losses."""
+
+
 def _loss_dict(losses: dict[str, LossCallback | None]) -> nn.ModuleDict:
     chosen = {name: loss for name, loss in losses.items() if loss is not None}
     if not chosen:
@@ -231,4 +235,6 @@ def _loss_dict(losses: dict[str, LossCallback | None]) -> nn.ModuleDict:
             raise ValueError(f"losses[{name!r}] must be a LossCallback, got {type(loss).__name__}")
         if "." in name or hasattr(nn.ModuleDict(), name):
             raise ValueError(f"{name!r} cannot name a loss: choose a name without dots that is no method of a dict")
+        if name in LOGGED:
+            raise ValueError(f"{name!r} cannot name a loss, as a metric is logged by that name: call it {name}_loss")
     return nn.ModuleDict(chosen)

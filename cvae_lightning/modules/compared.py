@@ -136,9 +136,19 @@ class ComparedModule(AdaptedModule):
         self.ensure_c_base()
 
     def ensure_c_base(self) -> None:
-        """Measure c_base on the validation split if it was neither given nor found in the artifact."""
+        """Measure c_base on the validation split if it was neither given nor found in the artifact.
+
+        Raises:
+            ValueError: if there is no data module to measure it on.
+        """
         if self.c_base is None and self.has_reference:
-            loader = self.trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            if data is None:
+                raise ValueError(
+                    f"{self.entangled} holds no baseline.json with c_base, the entangled model's cost per token, and "
+                    "there is no data module to measure it on: set model.c_base, or give a data module"
+                )
+            loader = data.val_dataloader()
             self.c_base = measure_baseline(self, self.reference(), loader)[0]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -297,7 +297,7 @@ class ContinuousCVAE(GaussianUse):
 
     def aggregate_outputs(self) -> ContinuousOutputs:
         """Return one example whose Gaussians have the moments of the split's aggregate router and posterior."""
-        moments = self.metrics.moments.compute()
+        moments = self.metrics.moments.by_dimension()
         router = moments["router_mean"], moments["router_variance"]
         spread = moments["posterior_mean_variance"] + moments["posterior_variance"]
         parts = [*router, moments["posterior_mean_mean"], spread]

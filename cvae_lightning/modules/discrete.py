@@ -178,8 +178,10 @@ class SharedDiscreteCVAE(DiscreteUse):
                 )
             self.register_buffer("seeded", torch.tensor(False))
             self.register_buffer("seed_counts", torch.zeros(num_latents, dtype=torch.int64))  # precision keeps integers
+            self.register_buffer("seed_ways", torch.zeros(num_latents, dtype=torch.int64))
             self.seeded: Tensor
             self.seed_counts: Tensor
+            self.seed_ways: Tensor
         self._is_seeded = False  # as the buffer: no step asks a device for it
 
     @property
@@ -215,6 +217,7 @@ class SharedDiscreteCVAE(DiscreteUse):
             baseline_nll=self.baseline_nll(batch) if "baseline_nll" in fields else None,
             inter_latent_jsd=inter_latent_jsd,
             seed_shares=self.seed_shares,
+            seed_ways=None if self.seeding is None else self.seed_ways,
         )
 
     def encode(self, batch: PairBatch) -> BranchOutput:
@@ -294,8 +297,9 @@ class SharedDiscreteCVAE(DiscreteUse):
             if counts is not None:
                 self.seeded.fill_(True)
                 self.seed_counts.copy_(counts)
+                self.seed_ways.copy_(self.seeding.ways)
         self._is_seeded = self.seeding is not None and bool(self.seeded)
-        wanted = [name for name, loss in self._named_losses() if getattr(loss, "prior", None) == "seeds"]
+        wanted = [name for name, loss in self._named_losses() if getattr(loss, "prior", None) in ("seeds", "ways")]
         if wanted and self.seeding is not None and not self.seed_counts.any():
             rank_zero_warn(f"{', '.join(wanted)}: there are no seeds to take the prior from, and it is uniform")
 
@@ -309,8 +313,8 @@ class SharedDiscreteCVAE(DiscreteUse):
         super().on_load_checkpoint(checkpoint)
         self.branch_activations.share = checkpoint.get("branch_share", 1.0)
         state = checkpoint.get("state_dict", {})
-        unseeded = {"seeded": torch.tensor(False), "seed_counts": torch.zeros(self.num_latents, dtype=torch.int64)}
-        for name, value in unseeded.items():
+        none = torch.zeros(self.num_latents, dtype=torch.int64)
+        for name, value in {"seeded": torch.tensor(False), "seed_counts": none, "seed_ways": none.clone()}.items():
             if self.seeding is None:
                 state.pop(name, None)  # a strategy that divides the model has it loaded
             else:
@@ -342,7 +346,8 @@ class SharedDiscreteCVAE(DiscreteUse):
         router, posterior = (usage[f"aggregate_{part}"].float().log()[None] for part in ("router", "posterior"))
         none = router.new_zeros(1, self.num_latents, 0)
         temperature = router.new_tensor(self.posterior_temperature)
-        return DiscreteOutputs(router, posterior, none, none[:, 0].bool(), temperature, seed_shares=self.seed_shares)
+        seeds = {"seed_shares": self.seed_shares, "seed_ways": None if self.seeding is None else self.seed_ways}
+        return DiscreteOutputs(router, posterior, none, none[:, 0].bool(), temperature, **seeds)
 
     def compute_metrics(self) -> dict[str, Tensor]:
         """Return the metrics of the split by log key."""

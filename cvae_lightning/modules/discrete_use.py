@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from operator import index
 from typing import Any, Literal
 
 import torch
@@ -58,13 +59,18 @@ class DiscreteUse(TextUse):
 
     @torch.no_grad()
     def route(self, x: Sequence[Text], batch_size: int = 256) -> Tensor:
-        """Return log p(z_k|x) for texts x, [len(x), K], on the CPU."""
+        """Return log p(z_k|x) for texts x, [len(x), K], on the CPU.
+
+        Raises:
+            ValueError: if an x is too long for the model.
+        """
         check_texts(x, "x")
         rows = [torch.empty(0, self.num_latents)]
         for part in batched(x, batch_size):
             ids, mask = (t.to(self.device) for t in self.template.prefixes(part))
             z = torch.full_like(ids[:, :1], self.template.marker_ids["<z>"])
             ids, mask = torch.cat([ids, z], -1), torch.cat([mask, torch.ones_like(mask[:, :1])], -1)
+            self.check_room(part, mask.sum(-1))
             with evaluating(self):
                 hidden = run_branches(self.lm, ids, mask, ids[:, None, :0], mask[:, :0], "repeat").router_hidden
             rows.append(self.router(BranchOutput(hidden[:, None, None], hidden)).cpu())
@@ -151,7 +157,11 @@ class DiscreteUse(TextUse):
             drawn = log_probs.argmax(-1) if z == "argmax" else torch.multinomial(log_probs.exp(), 1, generator=source)
             latents = drawn.flatten().tolist()
         else:
-            latents = [z] * len(x) if isinstance(z, int) else list(z)
+            several: Any = z if isinstance(z, Sequence) or getattr(z, "ndim", 0) > 0 else [z] * len(x)
+            try:
+                latents = [index(k) for k in several]
+            except TypeError as error:
+                raise ValueError(f"z must be a latent or a list of latents, got {z!r:.80}") from error
         if len(latents) != len(x) or not all(0 <= k < self.num_latents for k in latents):
             raise ValueError(f"z must name latents 0 .. {self.num_latents - 1}, one for all or one per x, got {z!r}")
         m, prefixes = self.template.marker_ids, self.template.latent_prefixes
@@ -182,7 +192,7 @@ class DiscreteUse(TextUse):
         if norms is None:
             return self.generate_from(x, section, **options)
 
-        def condition(ids: Tensor, rows: slice) -> Tensor:
+        def condition(ids: Tensor, rows: Tensor) -> Tensor:
             vectors = self.latent_vectors(latents[rows].flatten().to(self.device))
             norms.condition(vectors.repeat_interleave(expansion(options), 0), ids.shape[1] - conditioned)
             return ids

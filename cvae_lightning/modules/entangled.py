@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -121,6 +122,15 @@ class EntangledLM(LanguageModule):
         template = PromptTemplate(tokenizer)
         self._adopt(build_causal_lm(self.config or {}, len(template), template.pad_id), tokenizer)
 
+    @classmethod
+    def by_itself(
+        cls, arguments: dict[str, Any], stored: Mapping[str, Any], given: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Leave out the model that the training started from: the checkpoint holds config, tokenizer and weights."""
+        if arguments.get("model") is None or given.keys() & {"model", "config"} or "entangled" not in stored:
+            return arguments
+        return arguments | {"model": None, "config": json.loads(stored["entangled"]["config"])}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store config and tokenizer, so that the checkpoint loads by itself."""
         super().on_save_checkpoint(checkpoint)
@@ -148,9 +158,15 @@ class EntangledLM(LanguageModule):
             self._adopt(*rebuild_lm(stored))
 
     def on_fit_start(self) -> None:
-        """Refuse a folder that cannot be written before any work is done, and start the clock."""
+        """Refuse before any work is done what cannot be written in the end, and start the clock.
+
+        Raises:
+            ValueError: if there is no data module to measure the model on.
+            PermissionError: if the folder cannot be written.
+        """
         self._started = time.monotonic()
         self._has_weights = True
+        self._need_data()
         if self.trainer.is_global_zero:
             os.makedirs(self.output_dir, exist_ok=True)
             if not os.access(self.output_dir, os.W_OK):
@@ -160,8 +176,10 @@ class EntangledLM(LanguageModule):
         """Refuse to measure a model that nobody has trained: its artifact would take the place of a trained one.
 
         Raises:
-            ValueError: if ``validate`` has neither ``model`` nor a checkpoint.
+            ValueError: if ``validate`` has neither ``model`` nor a checkpoint, or no data module.
         """
+        if self.trainer.state.fn == "validate":
+            self._need_data()
         if self.trainer.state.fn == "validate" and not (self._has_weights or self.from_checkpoint):
             raise ValueError(
                 f"validate would write a model of random weights to {self.output_dir}: expected trained ones, got a "
@@ -217,6 +235,15 @@ class EntangledLM(LanguageModule):
         """Write the artifact where the model is only evaluated."""
         if self.trainer.state.fn == "validate" and not self._is_trial:
             self.write_artifact(self.trainer.datamodule)  # type: ignore[attr-defined]
+
+    def _need_data(self) -> None:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not self._is_trial and not (hasattr(data, "val_dataloader") and hasattr(data, "fingerprint")):
+            raise ValueError(
+                "an entangled model's cost per token is measured on a data module with val_dataloader() and "
+                f"fingerprint(split), as those of cvae_lightning.data are: got {type(data).__name__}. Give one as "
+                "`datamodule=`"
+            )
 
     @property
     def _is_trial(self) -> bool:

@@ -172,7 +172,7 @@ class GaussianUse(TextUse):
         m = self.template.marker_ids
         section = [m["<z>"], *[m["</z>"]] * (self.prefix.length + 1)]  # placeholders for the vectors, then </z>
 
-        def embed(ids: Tensor, rows: slice) -> Tensor:
+        def embed(ids: Tensor, rows: Tensor) -> Tensor:
             embedded = self.lm.get_input_embeddings()(ids)
             vectors = self.latent_vectors(latents[rows]).to(embedded.dtype)
             end = embedded.shape[1] - 2
@@ -192,6 +192,7 @@ class GaussianUse(TextUse):
             if z == "mean":
                 return mean
             return mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=latent_source(seed))
+        z = torch.as_tensor(z)
         latents = z.expand(len(x), -1) if z.ndim == 1 else z
         if latents.shape != (len(x), self.latent_dim):
             raise ValueError(f"z must have shape [{len(x)}, {self.latent_dim}], got {list(z.shape)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -121,16 +121,16 @@ class LanguageModule(HasSpec, Shardable):
     def generate_from(self, xs: Sequence[Text], section: Sequence[Sequence[int]], **options: Any) -> list[Any]:
         """Continue ``<bos> <x> x </x> section <y>`` for each x; see :meth:`generate` of the subclasses.
 
-        ``embed`` turns prompt ids [N, L] of these rows of ``xs`` into input embeddings, where a latent is a vector; or
-        returns them as they are, where it only tells the norms the latents of these rows.
+        ``embed`` turns prompt ids [N, L] of these rows [N] of ``xs`` into input embeddings, where a latent is a vector;
+        or returns them as they are, where it only tells the norms the latents of these rows.
         ``branches`` [K, S] are ids behind the section, instead of ``<y>``: K continuations in a row for each x.
         With ``num_return_sequences`` above 1 each of these is a list of texts.
         """
-        from cvae_lightning.backbones.generation import check_options, expansion, generate_ids
+        from cvae_lightning.backbones.generation import check_options, expansion, generate_within
 
         batch_size: int = options.pop("batch_size", 256)
         limit: int | None = options.pop("max_new_tokens", None)
-        embed: Callable[[Tensor, slice], Tensor] | None = options.pop("embed", None)
+        embed: Callable[[Tensor, Tensor], Tensor] | None = options.pop("embed", None)
         branches: Tensor | None = options.pop("branches", None)
         seed: int | None = options.pop("generator_seed", None)
         shrink: bool = options.pop("shrink", True)
@@ -142,6 +142,7 @@ class LanguageModule(HasSpec, Shardable):
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
         m = self.template.marker_ids
         banned = torch.tensor([m[t] for t in m if t != "</y>"] + self.template.all_latent_ids, device=self.device)
+        behind = 0 if branches is None else branches.shape[1]
         texts: list[Any] = []
         write = self.template.decode if not len(xs) or isinstance(xs[0], str) else self.template.cut
         with evaluating(self):
@@ -151,15 +152,16 @@ class LanguageModule(HasSpec, Shardable):
                 ids, mask = self.template.prefixes(xs[rows])
                 tail = torch.tensor([[*part] if branches is not None else [*part, m["<y>"]] for part in section[rows]])
                 ids, mask = torch.cat([ids, tail], -1), torch.cat([mask, torch.ones_like(tail, dtype=torch.bool)], -1)
-                ids = ids.to(self.device)
-                behind = 0 if branches is None else branches.shape[1]
-                room = (getattr(self.lm.config, "max_position_embeddings", None) or 2**31) - ids.shape[1] - behind
-                produced = generate_ids(
+                self.check_room(xs[rows], mask.sum(-1) + behind)
+                produced = generate_within(
                     self.lm,
-                    ids if embed is None else embed(ids, rows),
+                    ids.to(self.device),
                     mask.to(self.device),
                     self.template.end_id,
-                    max(1, min(limit or self.max_new_tokens, room)),
+                    limit or self.max_new_tokens,
+                    self.positions,
+                    embed,
+                    start,
                     generator=generator,
                     banned=banned,
                     branches=branches,
@@ -202,6 +204,7 @@ class LanguageModule(HasSpec, Shardable):
         path = remembered.get("_class_path")
         target = cls if path is None else find_class(path, cls, source)
         own = {key: value for key, value in remembered.items() if key not in ("_class_path", "_instantiator", *kwargs)}
+        own = target.by_itself(own, stored, kwargs)
         try:
             model = target(**rebuild(own, source), **kwargs)
         except (TypeError, AttributeError, KeyError) as error:
@@ -209,6 +212,19 @@ class LanguageModule(HasSpec, Shardable):
         model.on_load_checkpoint(stored)
         model.load_state_dict(stored["state_dict"], strict=strict is not False)
         return model.to(next((value.device for value in stored["state_dict"].values()), "cpu"))
+
+    @classmethod
+    def by_itself(
+        cls, arguments: dict[str, Any], stored: Mapping[str, Any], given: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return the arguments that a checkpoint remembers, where it holds what they point to.
+
+        Args:
+            arguments: what it remembers.
+            stored: the checkpoint.
+            given: what the caller gives in place of these.
+        """
+        return arguments
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say in which format the checkpoint is."""
@@ -243,6 +259,11 @@ class LanguageModule(HasSpec, Shardable):
         self._longest_seen = max(self._longest_seen, batch.y_ids.shape[1])
 
     @property
+    def positions(self) -> int | None:
+        """How many tokens the model can read; None = any number."""
+        return getattr(self.lm.config, "max_position_embeddings", None)
+
+    @property
     def positions_between(self) -> int:
         """Number of positions that may lie between x and y."""
         return self.template.section_length
@@ -253,8 +274,7 @@ class LanguageModule(HasSpec, Shardable):
         Raises:
             ValueError: naming the length, the limit and the ways out.
         """
-        limit = getattr(self.lm.config, "max_position_embeddings", None)
-        between = self.positions_between
+        limit, between = self.positions, self.positions_between
         if not limit or batch.prefix_ids.shape[1] + between + batch.y_ids.shape[1] <= limit:
             return
         lengths = batch.prefix_mask.sum(-1) + between + batch.y_mask.sum(-1)
@@ -265,6 +285,20 @@ class LanguageModule(HasSpec, Shardable):
                 f"the record whose x begins with {batch.x[row][:40]!r} takes {int(lengths[row])} tokens, more than the "
                 f"model's {limit} positions: set model.init_args.max_length to {room} (and on_overflow to skip, to "
                 "leave such records out), or take a model with a larger max_position_embeddings"
+            )
+
+    def check_room(self, xs: Sequence[Text], lengths: Tensor) -> None:
+        """Raise if a prompt of one of these x, which takes so many tokens [N], leaves no room for y.
+
+        Raises:
+            ValueError: naming the x, its length and the limit.
+        """
+        row = int(lengths.argmax()) if len(xs) else 0
+        if self.positions and len(xs) and int(lengths[row]) >= self.positions:
+            raise ValueError(
+                f"the prompt whose x begins with {xs[row][:40]!r} leaves no room for y: it takes {int(lengths[row])} "
+                f"of the model's {self.positions} positions. Shorten x, or take a model with a larger "
+                "max_position_embeddings"
             )
 
     def keep_longest_y(self) -> None:

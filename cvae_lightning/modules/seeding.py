@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from cvae_lightning.backbones.causal_lm import evaluating
-from cvae_lightning.backbones.generation import generate_ids
+from cvae_lightning.backbones.generation import generate_within
 from cvae_lightning.backbones.solution_features import solution_features
 from cvae_lightning.modules.descent import descend
 from cvae_lightning.modules.evened import evened
@@ -98,6 +98,8 @@ class LatentSeeding(HasSpec):
         """What was clustered, its first two principal components, [N, 2]; for pictures."""
         self.clusters: Tensor | None = None
         """Their clusters, [N]."""
+        self.ways: Tensor = torch.zeros(0, dtype=torch.int64)
+        """The way of solving that each latent stands for a part of, [K]."""
 
     @property
     def run_seed(self) -> int:
@@ -132,7 +134,7 @@ class LatentSeeding(HasSpec):
                 counts = self.seed_posterior(module)
         network = module.posterior_network
         state = {name: value.cpu() for name, value in network.state_dict().items()}
-        counts, state = module.trainer.strategy.broadcast((counts, state))
+        counts, self.ways, state = module.trainer.strategy.broadcast((counts, self.ways, state))
         network.load_state_dict(state)
         return counts
 
@@ -162,7 +164,7 @@ class LatentSeeding(HasSpec):
                 "or the solutions were cut off, or too long to be read. Training starts without seeds."
             )
             return None
-        self.clusters, self.points = found.labels, found.points
+        self.clusters, self.points, self.ways = found.labels, found.points, found.ways
         shown = ", ".join(map(str, torch.bincount(self.clusters, minlength=module.num_latents).tolist()))
         number = int(found.ways.max()) + 1
         fewer = f", parts of {number} ways of solving," if number < module.num_latents else ""
@@ -240,13 +242,13 @@ class LatentSeeding(HasSpec):
             for i in progress(range(0, len(xs), size), "seeding: solutions", module.shows_progress):
                 some = xs[i : i + size]
                 ids, mask = (t.to(module.device) for t in template.prefixes(some))
-                room = longest - ids.shape[1] - behind
-                ys = generate_ids(
+                ys = generate_within(
                     lm,
                     ids,
                     mask,
                     template.end_id,
-                    max(1, min(longest_y + 8, room)),
+                    longest_y + 8,
+                    longest - behind + 1,  # <y> is behind x already
                     do_sample=True,
                     generator=generator,
                     banned=banned,

@@ -36,11 +36,10 @@ class TextUse(CVAEModule):
             if len(x) != len(y):
                 raise ValueError(f"x and y must be pairs, got {len(x)} x and {len(y)} y")
         pairs: Any = zip(x, [""] * len(x) if y is None else y, strict=True)
-        records = [Record(*pair) for pair in pairs]
-        for part in batched(records, batch_size):
-            batch = self.template.collate(part)
-            if y is not None:
-                self.check_positions(batch)
+        template = self.template.unlimited()  # the limit is that of records to train on
+        for part in batched([Record(*pair) for pair in pairs], batch_size):
+            batch = template.collate(part)
+            self.check_positions(batch)
             yield batch.to(self.device)
 
 

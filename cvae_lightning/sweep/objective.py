@@ -32,6 +32,20 @@ def objective(cells: Sequence[Cell], keys: Sequence[str]) -> float | None:
     return fmean(known) if known and len(known) == len(numbers) else None
 
 
+def check_keys_of(cells: Sequence[Cell], keys: Sequence[str]) -> None:
+    """Raise if the summary of a finished cell has no such key: it is misspelt, and no other trial will have it.
+
+    Raises:
+        ValueError: naming the key and those that there are.
+    """
+    for cell in (cell for cell in cells if cell.seed is not None):
+        metrics = (records.read_result(cell) or {}).get("metrics") or {}
+        for key in keys:
+            if metrics and not key.startswith("val/") and key not in metrics:
+                known = sorted(name for name, value in metrics.items() if isinstance(value, int | float))
+                raise ValueError(f"objective: summary.json of {cell.name} has no {key!r}; it has {', '.join(known)}")
+
+
 def figure(result: Mapping[str, Any], key: str) -> float | None:
     """Return one part of the objective: the end of a validation curve, or a figure of the test."""
     if key.startswith("val/"):

@@ -13,7 +13,7 @@ from cvae_lightning.benchmark import records, runner
 from cvae_lightning.benchmark.claims import is_claimed
 from cvae_lightning.benchmark.compose import differences
 from cvae_lightning.benchmark.plan import Cell, digest, plan
-from cvae_lightning.sweep.objective import Pruning, objective
+from cvae_lightning.sweep.objective import Pruning, check_keys_of, objective
 from cvae_lightning.sweep.settings import Choices, Range, SweepSettings
 
 if TYPE_CHECKING:
@@ -191,6 +191,7 @@ class Search:
         number = objective(cells, self.settings.keys)
         if number is None:
             study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+            check_keys_of(cells, self.settings.keys)
             print(f"trial {trial.number}: failed, or without {self.settings.objective}", flush=True)
             return False
         study.tell(trial, number, skip_if_finished=True)

@@ -5,7 +5,7 @@ import torch
 from tiny import CONFIGS, tiny_artifact
 
 from cvae_lightning.backbones.causal_lm import build_causal_lm, decoder_of
-from cvae_lightning.backbones.generation import generate_ids
+from cvae_lightning.backbones.generation import generate_ids, generate_within
 from cvae_lightning.losses import ReconstructionLoss
 from cvae_lightning.modules import SharedDiscreteCVAE
 
@@ -39,10 +39,10 @@ def build(config):
     return lm
 
 
-def alone(lm, prompt, banned):
+def alone(lm, prompt, banned, limit=LIMIT):
     """Greedy ids of one unpadded prompt: the full model over the whole sequence at every step."""
     ids = list(prompt)
-    for _ in range(LIMIT):
+    for _ in range(limit):
         logits = lm(torch.tensor([ids]), use_cache=False).logits[0, -1]
         logits[banned] = float("-inf")
         ids.append(int(logits.argmax()))
@@ -74,6 +74,41 @@ def test_branches_continue_every_prompt_as_if_alone(config):
     assert len(lengths) > 1 or config is RECURRENT  # rows end at different steps, so some have left the batch
     plain = generate_ids(lm, ids, mask, END, LIMIT, banned=banned)
     assert [until_end(row) for row in plain] == [alone(lm, prompt, banned) for prompt in prompts]
+
+
+SHORT = {  # 16 positions
+    "llama": {**CONFIGS["llama"], "max_position_embeddings": 16},
+    "gpt2": {**CONFIGS["gpt2"], "n_positions": 16},
+    "gpt_neo": {  # masks by a table of 16 x 16 places
+        **{"model_type": "gpt_neo", "hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 32},
+        **{"max_position_embeddings": 16, "attention_types": [[["global", "local"], 1]], "window_size": 64},
+    },
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"shrink": False}, {"renormalize_logits": True}], ids=["", "all stay", "hf"])
+@pytest.mark.parametrize("config", SHORT.values(), ids=SHORT)
+def test_a_long_prompt_does_not_cut_short_what_stands_beside_it(config, options):
+    """In 16 positions; every prompt is continued as far as it would be alone, in order, by ids and by vectors."""
+    lm = build(config)
+    with torch.no_grad():
+        lm.get_output_embeddings().weight[END] = 0.0  # rarely
+    ids = torch.randint(8, 20, (6, 15), generator=torch.Generator().manual_seed(5))
+    lengths = [3, 15, 4, 9, 1, 9]
+    mask = torch.arange(15) >= 15 - torch.tensor(lengths)[:, None]
+    prompts = [p[m].tolist() for p, m in zip(ids, mask, strict=True)]
+    room = [min(11, 16 - length) for length in lengths]
+    expected = [alone(lm, prompt, [], most) for prompt, most in zip(prompts, room, strict=True)]
+    assert [len(row) for row in expected if END not in row] == [11, 1, 11, 7, 11, 7]
+    for embed in (None, lambda prompts, rows: lm.get_input_embeddings()(prompts)):
+        found = generate_within(lm, ids, mask, END, 11, 16, embed, **options).tolist()
+        assert [row[:most] for row, most in zip(found, room, strict=True)] == expected
+        assert all(set(row[most:]) <= {END} for row, most in zip(found, room, strict=True))
+    behind = [[*prompt, branch] for prompt in prompts[2:] for branch in (8, 9)]
+    found = generate_within(lm, ids[2:], mask[2:], END, 11, 16, branches=torch.tensor([[8], [9]]), **options).tolist()
+    for row, prompt in zip(found, behind, strict=True):
+        most = min(11, 16 - len(prompt))
+        assert row[:most] == alone(lm, prompt, [], most)
 
 
 @pytest.mark.parametrize("config", STATE_SPACE.values(), ids=STATE_SPACE)

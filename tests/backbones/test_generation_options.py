@@ -57,6 +57,35 @@ def test_a_gaussian_latent_too(tmp_path, injection):
     assert model.generate(XS, z, batch_size=6, **options) == [[y] * 3 for y in expected]
 
 
+def test_padding_spares_no_repeated_token_of_a_gaussian_latent(tmp_path):
+    """With vectors as prompts, transformers would leave out as many tokens of y as are padded."""
+    model, xs = continuous(tmp_path), ["12", "7345", "9", "345678"]
+    z = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
+    options = {"max_new_tokens": 8, "repetition_penalty": 3.0}
+    one_by_one = [model.generate([x], z[i : i + 1], **options)[0] for i, x in enumerate(xs)]
+    assert model.generate(xs, z, **options) == one_by_one != model.generate(xs, z, max_new_tokens=8)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["fast path", "beams"])
+@pytest.mark.parametrize("kind", ["tokens", "norms", "vectors"])
+def test_a_long_prompt_does_not_cut_short_what_stands_beside_it(tmp_path, kind, options):
+    vectors, norms = kind == "vectors", 4 * (kind == "norms")
+    model = continuous(tmp_path, injection="both") if vectors else discrete(tmp_path, norm_dim=norms)
+    with torch.no_grad():
+        model.lm.get_output_embeddings().weight[model.template.end_id] = 0.0  # y takes all the room that it has
+    xs = ["12", "7" * 50, "345", "1" * 30, "9" * 50]
+    z = torch.randn(5, 2, generator=torch.Generator().manual_seed(0)) if vectors else [2, 0, 1, 2, 1]
+    options = {"max_new_tokens": 20} | options
+    found = model.generate(xs, z, **options)
+    assert found == [model.generate([x], z[i : i + 1], **options)[0] for i, x in enumerate(xs)]
+    lengths = [len(y) for y in found]
+    assert lengths[1] < 10 < lengths[0]
+    if not vectors:
+        every = model.generate(xs, "all", batch_size=12, **options)
+        assert every == [model.generate([x], "all", **options)[0] for x in xs]
+        assert [row[k] for row, k in zip(every, z, strict=True)] == found
+
+
 def test_options_do_what_they_say(tmp_path):
     model = discrete(tmp_path)
     options = {"max_new_tokens": 12, "do_sample": True, "temperature": 3.0, "generator_seed": 5}

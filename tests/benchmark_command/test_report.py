@@ -123,6 +123,8 @@ def test_groups_continuous_models_extra_columns_and_failures():
     assert entangled[0] == ["recipe", "task", "accuracy, greedy", "NLL (nats per token)", "minutes", "n"]
     assert "- a/ours/seed2: fit: no disk space" in page
     assert "| ours | reconstruction 0.75, kl_prior 0.25 |" in page
+    assert "No summary.json holds what these columns are to show: nothing (unknown)." in page
+    assert "No summary" not in markdown(rows, 4, {"purity": "purity", "router": "ce / entropy"}, "the command")
     assert "another configuration" not in page
     assert "now says: a/ours/seed1." in markdown([rows[1] | {"changed": True}], 1, {}, "")
     assert "0 of 4 cells finished" in markdown([], 4, {}, "cmd")

@@ -73,6 +73,15 @@ def test_zero_prior_kl_matters_only_while_no_balance_acts(weight, alarms):
         assert "the posterior ignores y (posterior entropy 0.10, router entropy 1.30 of at most 1.39 nats)" in message
 
 
+@pytest.mark.parametrize(("true", "alarms"), [(0.001, 1), (0.5, 0)])
+def test_free_nats_and_targets_do_not_hide_a_prior_kl_of_zero(true, alarms):
+    """The loss is at its floor then, or away from its target; the KL itself is logged beside it."""
+    for loss in (0.5, 0.0):
+        raised = messages(UsageModule({**HEALTHY, "kl_prior_loss": loss, "diagnostics/prior_kl": true}))
+        assert len(raised) == alarms
+        assert all("the posterior ignores y" in message for message in raised)
+
+
 def test_equal_latents():
     (message,) = messages(UsageModule({**HEALTHY, "diagnostics/inter_latent_jsd/weighted_mean": 1e-5}))
     assert "every latent writes the same text" in message

@@ -80,14 +80,14 @@ def exact_first_token(lm, template, x):
 def spy(monkeypatch):
     """What goes into generation, and what comes out."""
     seen = {}
-    real = solutions.generate_ids
+    real = solutions.generate_within
 
     def record(lm, ids, mask, end, *args, **options):
         out = real(lm, ids, mask, end, *args, **options)
         seen.update(ids=ids, mask=mask, end=end, banned=options["banned"].tolist(), out=out)
         return out
 
-    monkeypatch.setattr(solutions, "generate_ids", record)
+    monkeypatch.setattr(solutions, "generate_within", record)
     return seen
 
 
@@ -133,6 +133,20 @@ def test_inputs_without_room_are_refused_or_left_out():
     assert ys[:30] == [None] * 30
     assert ys[30:] == draw_solutions(lm, template, ["1"], 30, 20, 0)
     assert draw_solutions(lm, skipping, ["5" * 60], 2, 20, 0) == [None] * 2
+
+
+@pytest.mark.parametrize("options", [{}, {"prompt": "{x}=", "stop": ["0"]}], ids=["markers", "plain"])
+def test_a_long_input_does_not_cut_short_the_solutions_of_others(options):
+    lm, template = tiny_lm()
+    short = [str(i) for i in range(8)]
+    alone = [y for y in draw_solutions(lm, template, short, 12, 40, 0, **options) if y]
+    longest = "7" * 46
+    beside = draw_solutions(lm, template, [*short[:4], longest, *short[4:]], 12, 40, 0, **options)
+    others = [y for y in beside[:48] + beside[60:] if y]
+    assert max(map(len, alone)) > 12 < max(map(len, others))
+    assert abs(len(others) - len(alone)) < 24
+    fits = 64 - (4 + 46) - 4 - 2  # <bos> <x> x </x>, the latent section, and </y> <eos>
+    assert max(len(y) for y in beside[48:60] if y) <= fits + 1 < 12
 
 
 def test_a_plain_prompt_is_continued_without_markers(spy):

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch.cli import LightningArgumentParser
@@ -157,6 +158,14 @@ def test_ceiling_of_a_split_equals_a_count_over_its_records(frequencies):
     assert data.alignment_ceiling("val") == pytest.approx(best)
     assert data.ceiling("val").one_to_one == data.alignment_ceiling("val")
     assert 0.9 < best < 1
+
+
+def test_the_ceiling_is_that_of_the_latents_there_are():
+    data = make(val_size=400)
+    every = data.alignment_ceiling("val")
+    for latents, expected in ((2, 0.5), (4, every), (8, every), (0, every)):
+        data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(num_latents=latents))
+        assert data.alignment_ceiling("val") == pytest.approx(expected, abs=1e-9 if latents != 2 else 0.03)
 
 
 def test_alphabet_and_texts_cover_the_records():

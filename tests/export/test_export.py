@@ -178,6 +178,22 @@ def test_conditioned_norms_come_along_and_the_card_and_the_terminal_say_so(tmp_p
     assert eval(first) == model.generate(XS, 0)
 
 
+def test_an_export_without_the_posterior_network_says_so(tmp_path):
+    """It does not answer with another posterior, and does not say that the network was never trained."""
+    model, checkpoint = train(tmp_path, posterior="amortized", num_latents=3)
+    export("--ckpt", checkpoint, "--out", tmp_path / "small")
+    export("--ckpt", checkpoint, "--out", tmp_path / "out", "--posterior")
+    small, again = load_export(tmp_path / "small"), load_export(tmp_path / "out")
+    torch.testing.assert_close(again.infer(XS, YS), model.infer(XS, YS), **CLOSE)
+    for options in ({}, {"posterior": "amortized"}):
+        with pytest.raises(ValueError, match="no posterior network: export the checkpoint again with --posterior"):
+            small.infer(XS, YS, **options)
+    torch.testing.assert_close(small.infer(XS, YS, "exact"), model.infer(XS, YS, "exact"), **CLOSE)
+    posterior = in_this_process(code_blocks(tmp_path / "small")[-1], tmp_path / "small")[3]
+    best = model.generate(XS, "argmax")
+    torch.testing.assert_close(torch.tensor(eval(posterior)), model.infer(XS, best, "exact").exp(), **CLOSE)
+
+
 @pytest.mark.parametrize(
     "options", [{"injection": "both", "prefix_length": 2, "prefix_hidden": 5}, {}], ids=["both", "prefix"]
 )
@@ -420,6 +436,7 @@ def test_a_tokenizer_that_treats_x_otherwise_between_markers_gets_a_snippet_that
             if parameter.ndim == 2:
                 parameter.mul_(8)
     assert not string_prompt_is_exact(model, [])
+    model.longest_y.fill_(12)  # the snippet gives all prompts the room of the longest one
     (tmp_path / "out").mkdir()
     write_model(tmp_path / "out", model, "discrete")
     code = plain_usage(model, XS).split("```python\n")[1].split("```")[0]

@@ -105,6 +105,10 @@ def test_extreme_values_have_finite_gradients():
     assert logits.grad[0].isfinite().all()
 
 
-def test_a_prior_of_another_length_is_refused():
-    with pytest.raises(ValueError, match="one probability per latent, 2"):
+def test_a_prior_or_groups_of_another_length_are_refused():
+    with pytest.raises(ValueError, match="prior must have one entry per latent, 2, got"):
         categorical_router_marginal_kl(torch.zeros(1, 2), torch.ones(3) / 3)
+    with pytest.raises(ValueError, match="groups must have one entry per latent, 2, got"):
+        categorical_router_marginal_kl(torch.zeros(1, 2), groups=torch.zeros(3))
+    with pytest.raises(ValueError, match="a prior or groups of latents, not both"):
+        categorical_router_marginal_kl(torch.zeros(1, 2), torch.ones(2) / 2, torch.zeros(2))

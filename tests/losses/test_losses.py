@@ -174,6 +174,28 @@ def test_bad_arguments_and_missing_fields():
         L.FreeEnergyLoss()(outputs(c_base=None))
 
 
+@pytest.mark.parametrize("loss", [L.RouterMarginalKLLoss, L.AggregatePosteriorBalanceLoss])
+def test_latents_of_one_way_have_equal_parts_whatever_its_share(loss):
+    o, term = outputs(), loss(prior="ways")
+    log_probs = o.router_log_probs if loss is L.RouterMarginalKLLoss else o.posterior_log_probs
+    m = log_probs.exp().mean(0)
+    expected = sum(p * (p / ((m[0] + m[2]) / 2)).log() for p in (m[0], m[2]))
+    assert float(term(outputs(seed_ways=torch.tensor([5, 1, 5, 0])))) == pytest.approx(float(expected), rel=1e-4)
+    for every in (outputs(), outputs(seed_ways=torch.zeros(4, dtype=torch.int64))):  # no seeds: all are of one way
+        assert float(term(every)) == pytest.approx(float(loss()(o)), rel=1e-5)
+
+
+def test_where_every_way_has_one_latent_nothing_is_pulled():
+    """Exactly, so that a run with the term is bit for bit one without it."""
+    log_probs = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).mul(9).log_softmax(-1).requires_grad_()
+    term = L.AggregatePosteriorBalanceLoss(prior="ways")(
+        outputs(posterior_log_probs=log_probs, seed_ways=torch.arange(4))
+    )
+    (gradient,) = torch.autograd.grad(term, log_probs)
+    assert term.item() == 0.0
+    assert not gradient.any()
+
+
 def test_a_loss_remembers_how_it_was_built():
     assert L.PriorKLLoss(0.3, free_nats=0.1).spec() == {
         "class_path": "cvae_lightning.losses.divergence.PriorKLLoss",

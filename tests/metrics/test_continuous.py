@@ -81,6 +81,8 @@ def test_probe_on_perfect_absent_and_partial_information():
     assert linear_probe_accuracy(points, labels) == 1.0
     assert linear_probe_accuracy(torch.randn(400, 2, generator=torch.Generator().manual_seed(1)), labels) < 0.35
     assert linear_probe_accuracy(points, labels, shuffle_seed=0) < 0.35
+    for order in (labels.argsort(), labels.argsort().reshape(4, -1).T.flatten()):  # by strategy, or nearly in turn
+        assert linear_probe_accuracy(points[order], labels[order]) == 1.0
     assert 0.4 < linear_probe_accuracy(points[:, :1], labels) < 0.6  # one coordinate tells two pairs apart
     unknown = labels.clone()
     unknown[::3] = -1

@@ -8,9 +8,12 @@ import sys
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import QUIET, RECORDS, TinyData, tiny_artifact
 
 from cvae_lightning import losses as losses_
+from cvae_lightning.callbacks import ContinuousEvaluation, LatentPanels
 from cvae_lightning.modules import ContinuousCVAE
 
 
@@ -266,6 +269,21 @@ def test_validation_logs_the_keys_of_the_design(artifact, posterior):
     slack = 4 * float(logged["val/marginal_nll_standard_error"])
     assert per_token >= float(logged["val/marginal_nll"]) - slack
     assert float(logged["val/diagnostics/num_eval_samples"]) == 16
+
+
+def test_one_dimension_is_logged_compared_and_drawn_too(artifact, tmp_path):
+    model = build(artifact, latent_dim=1)
+    panels = [ContinuousEvaluation(num_examples=2), LatentPanels()]
+    logger = TensorBoardLogger(tmp_path)
+    trainer = L.Trainer(**QUIET | {"max_steps": 2, "logger": logger, "log_every_n_steps": 1}, callbacks=panels)
+    trainer.fit(model, TinyData(batch_size=5))
+    logged = trainer.callback_metrics
+    events = EventAccumulator(logger.log_dir, size_guidance={"images": 0}).Reload()
+    assert "val/figures/router_marginal" in events.Tags()["images"]
+    assert {"val/router_marginal/mean_d0", "val/posterior_std/d0"} <= set(logged)
+    model.metrics.moments.update(*(torch.randn(4, 1) for _ in range(4)))
+    assert model.metrics.moments.compute()["router_mean"].shape == ()  # torchmetrics squeezes it
+    assert model.aggregate_outputs().prior_mean.shape == (1, 1)
 
 
 def test_checkpoint_loads_alone_in_a_fresh_process(tmp_path):

@@ -252,6 +252,10 @@ def test_bad_construction_names_what_is_wrong(artifact, tmp_path):
         build(artifact, {"a": None})
     with pytest.raises(ValueError, match="cannot name a loss"):
         build(artifact, {"update": losses_.ReconstructionLoss()})
+    with pytest.raises(
+        ValueError, match="'elbo' cannot name a loss, as a metric is logged by that name: call it elbo_loss"
+    ):
+        build(artifact, {"elbo": losses_.FreeEnergyLoss()})
     with pytest.raises(ValueError, match=r"model\.c_base: c_base must be a positive number"):
         build(artifact, one, c_base=-1.0)
     with pytest.raises(ValueError, match="cannot load a causal language model from"):

@@ -1,7 +1,9 @@
 """The entangled model: what it costs, what it leaves behind, and what it can be built from."""
 
 import json
+import shutil
 import warnings
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -9,8 +11,8 @@ import torch
 from tiny import CONFIGS, QUIET, RECORDS, TinyData, tiny_artifact, tiny_lm, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cvae_lightning.backbones.artifact import Baseline
-from cvae_lightning.losses import FreeEnergyLoss
+from cvae_lightning.backbones.artifact import Baseline, save_artifact
+from cvae_lightning.losses import FreeEnergyLoss, ReconstructionLoss
 from cvae_lightning.modules import EntangledLM, SharedDiscreteCVAE
 from cvae_lightning.outputs import Record
 from cvae_lightning.template import PromptTemplate
@@ -142,6 +144,50 @@ def test_checkpoint_loads_without_data_and_artifact(tmp_path):
     xs = [r.x for r in RECORDS]
     assert found.generate(xs, max_new_tokens=5) == model.generate(xs, max_new_tokens=5)
     assert found.template.fingerprint() == model.template.fingerprint()
+
+
+def test_a_checkpoint_loads_without_the_model_that_it_started_from(tmp_path):
+    lm, template = tiny_lm("gpt2")
+    save_artifact(tmp_path / "base", lm, template.tokenizer, Baseline(1.5, 10, "val", template.fingerprint()))
+    model, run = EntangledLM(str(tmp_path / "out"), str(tmp_path / "base")), trainer()
+    run.fit(model, TinyData())
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    shutil.rmtree(tmp_path / "base")
+    again = EntangledLM.load_from_checkpoint(tmp_path / "model.ckpt")
+    xs = [r.x for r in RECORDS]
+    assert again.generate(xs, max_new_tokens=5) == model.generate(xs, max_new_tokens=5)
+    with pytest.raises(ValueError, match="cannot load a causal language model from"):
+        EntangledLM.load_from_checkpoint(tmp_path / "model.ckpt", model=str(tmp_path / "base"))
+
+
+def test_what_cannot_be_measured_is_said_before_training(tmp_path):
+    """The artifact holds the cost on a data module's validation split, and which data these were."""
+    given = TinyData()
+    model = EntangledLM(str(tmp_path / "out"), tiny_artifact(tmp_path / "base"))
+    run = trainer()
+    given.trainer = SimpleNamespace(lightning_module=model)
+    loader = given.train_dataloader()
+    for data in ((loader, loader), (Unmarked(),)):
+        with pytest.raises(ValueError, match=r"measured on a data module with val_dataloader\(\) and fingerprint"):
+            run.fit(model, *data)
+    assert run.global_step == 0
+    with pytest.raises(ValueError, match="measured on a data module"):
+        trainer().validate(model, loader, verbose=False)
+    losses = {"reconstruction_loss": ReconstructionLoss()}
+    (tmp_path / "base/baseline.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"holds no baseline\.json with c_base.* set model\.c_base, or give a data module"
+    ):
+        trainer().fit(SharedDiscreteCVAE(str(tmp_path / "base"), losses), loader, loader)
+
+
+class Unmarked(L.LightningDataModule):
+    """A user's own data module, that says nothing of its content."""
+
+    def train_dataloader(self):
+        raise AssertionError("training has begun")
+
+    val_dataloader = train_dataloader
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")

@@ -105,14 +105,14 @@ def test_solutions_come_in_rows_and_are_those_of_the_seed(artifact, monkeypatch)
 
 def watch_ids(monkeypatch):
     """Collect the ids of every y that is generated, cut at its end."""
-    seen, generate = [], module_of_seeding.generate_ids
+    seen, generate = [], module_of_seeding.generate_within
 
     def watching(lm, ids, mask, end_id, *args, **options):
         result = generate(lm, ids, mask, end_id, *args, **options)
         seen.extend(row[: [*row, end_id].index(end_id)] for row in result.tolist())
         return result
 
-    monkeypatch.setattr(module_of_seeding, "generate_ids", watching)
+    monkeypatch.setattr(module_of_seeding, "generate_within", watching)
     return seen
 
 
@@ -277,12 +277,14 @@ def test_the_posterior_learns_the_clusters_and_nothing_else_changes(artifact, mo
     assert start(model)
     assert torch.equal(torch.get_rng_state(), rng)
     names = changed(before, model.state_dict())
-    state = {"seeded", "seed_counts"}
+    state = {"seeded", "seed_counts", "seed_ways"}
     assert names >= {f"{POSTERIOR}project.weight", *state}
     assert all(name.startswith(POSTERIOR) or name in state for name in names)
     sizes = taught[2].sum(0).round().long()
     assert torch.equal(model.seed_counts, sizes)
     torch.testing.assert_close(model.seed_shares, (sizes + 1) / (sizes + 1).sum())
+    assert torch.equal(model.seed_ways, model.seeding.ways)
+    assert len(model.seed_ways.unique()) == 2  # by chance: the weights are random
     assert taught[1] > max(0.9, taught[0] + 0.2)
     assert model.seeding.points.shape == (30, 2)
     assert model.seeding.clusters.unique().tolist() == list(range(K))
@@ -423,7 +425,7 @@ def test_checkpoints_and_configs_may_differ_in_their_seeding(artifact, tmp_path)
         saved = torch.load(path, weights_only=True)["state_dict"]
         weights = model.state_dict()
         assert all(torch.equal(weights[name], saved[name]) for name in saved.keys() & weights.keys())
-        assert saved.keys() ^ weights.keys() == {"seeded", "seed_counts"}
+        assert saved.keys() ^ weights.keys() == {"seeded", "seed_counts", "seed_ways"}
         assert second is None or not model.seeded
         model = build(artifact, second)
         fit(model, tmp_path, max_steps=3, ckpt_path=path)

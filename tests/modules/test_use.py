@@ -1,11 +1,16 @@
 """Inference and scoring of texts by trained latents, against loops over the model's own forward pass."""
 
+import lightning as L
+import numpy as np
 import pytest
 import torch
-from tiny import RECORDS, tiny_artifact
+from tiny import QUIET, RECORDS, tiny_artifact, tiny_lm
 
+from cvae_lightning.backbones.artifact import Baseline, save_artifact
+from cvae_lightning.backbones.causal_lm import load_causal_lm
 from cvae_lightning.losses import PosteriorDistillationLoss, ReconstructionLoss
 from cvae_lightning.modules import ContinuousCVAE, SharedDiscreteCVAE
+from cvae_lightning.outputs import Record
 
 XS, YS = [r.x for r in RECORDS], [r.y for r in RECORDS]
 PLAIN = {"reconstruction_loss": ReconstructionLoss()}
@@ -85,6 +90,59 @@ def test_wrong_texts_are_one_clear_error(artifact):
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("cls", [SharedDiscreteCVAE, ContinuousCVAE])
+def test_a_base_model_in_half_precision_is_loaded_in_full(tmp_path, cls):
+    """What is trained is fp32, whatever the base model's config says; its checkpoint is not rounded when loaded."""
+    lm, template = tiny_lm()
+    save_artifact(
+        tmp_path / "base", lm.bfloat16(), template.tokenizer, Baseline(1.5, 10, "val", template.fingerprint())
+    )
+    model = build(str(tmp_path / "base"), cls=cls)
+    assert {model.lm.dtype, load_causal_lm(str(tmp_path / "base")).dtype} == {torch.float32}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1e-3 * torch.randn_like(parameter))
+    trainer = L.Trainer(**QUIET)
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    again = cls.load_from_checkpoint(tmp_path / "model.ckpt")
+    assert {p.dtype for p in again.parameters()} == {torch.float32}
+    assert torch.equal(again.log_evidence(XS, YS), model.log_evidence(XS, YS))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("cls", [SharedDiscreteCVAE, ContinuousCVAE])
+def test_an_x_that_leaves_no_room_is_one_clear_error(tmp_path, cls, family):
+    model = build(tiny_artifact(tmp_path, family), cls=cls)
+    model.template.max_length = 20  # of records to train on; no matter here
+    batch = model.template.unlimited().collate([Record("2", ""), Record("1" * 80, "")])
+    for call in (
+        lambda: model.route(batch.x),
+        lambda: model.generate(batch.x, max_new_tokens=3),
+        lambda: model.generate(batch.x, max_new_tokens=3, num_beams=2),
+        lambda: model.predict_step(batch, 0),
+    ):
+        with pytest.raises(ValueError, match=r"whose x begins with '1111.*the model's 64 positions"):
+            call()
+    assert model.log_evidence(["1" * 20], ["2" * 10]).isfinite()
+
+
+def test_a_latent_may_be_any_kind_of_number(artifact):
+    model, options = build(artifact, num_latents=3), {"max_new_tokens": 5}
+    expected = model.generate(XS, 1, **options)
+    for z in (np.int64(1), torch.tensor(1), [1] * 5, np.ones(5, int), torch.ones(5, dtype=torch.int64), (1,) * 5):
+        assert model.generate(XS, z, **options) == expected
+    for wrong in (1.0, [1.0] * 5, [[1]] * 5, None):
+        with pytest.raises(ValueError, match="z must be a latent or a list of latents, got"):
+            model.generate(XS, wrong)
+    with pytest.raises(ValueError, match="one for all or one per x"):
+        model.generate(XS, [1, 1])
+    gaussian = build(artifact, cls=ContinuousCVAE, latent_dim=2)
+    expected = gaussian.generate(XS, torch.full((2,), 0.5), **options)
+    for z in ([0.5, 0.5], np.full(2, 0.5), np.full((5, 2), 0.5), [[0.5, 0.5]] * 5):
+        assert gaussian.generate(XS, z, **options) == expected
 
 
 def test_nothing_asked_for_is_nothing(artifact):

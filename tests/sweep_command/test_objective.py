@@ -8,7 +8,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from cvae_lightning.benchmark.plan import Cell
-from cvae_lightning.sweep.objective import Pruning, figure, objective, ratio
+from cvae_lightning.sweep.objective import Pruning, check_keys_of, figure, objective, ratio
 
 RESULT = {
     "status": "done",
@@ -45,6 +45,16 @@ def test_a_trial_counts_by_the_mean_of_its_cells_if_all_are_finished(tmp_path):
     assert objective([*cells, cell(tmp_path, 4, RESULT | {"hash": "of another config"})], ["nll_ratio"]) is None
     assert objective([*cells, cell(tmp_path, 5)], ["nll_ratio"]) is None
     assert objective(cells[:1], ["nll_ratio"]) is None
+
+
+def test_a_key_that_no_summary_has_is_misspelt(tmp_path):
+    cells = [cell(tmp_path, None), cell(tmp_path, 1, RESULT), cell(tmp_path, 2)]
+    check_keys_of(cells, ["nll_ratio", "rho_recon", "val/whatever"])
+    with pytest.raises(
+        ValueError, match=r"^objective: summary.json of task/ours/seed1 has no 'nll_ration'; it has nll_ratio$"
+    ):
+        check_keys_of(cells, ["nll_ratio", "nll_ration"])
+    check_keys_of([cell(tmp_path, 3, RESULT | {"metrics": None})], ["nll_ration"])  # it failed
 
 
 @pytest.mark.parametrize(("direction", "sign"), [("minimize", 1), ("maximize", -1)])

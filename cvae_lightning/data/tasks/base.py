@@ -8,6 +8,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, ClassVar
 
 from cvae_lightning.spec import HasSpec
@@ -19,6 +20,7 @@ class Ceiling:
 
     Args:
         one_to_one: best posterior alignment: E_x sum over groups G of equal traces of max_{s in G} p(s|x); in (0, 1].
+            With fewer latents than strategies, over the strategies that get one, chosen for the best.
         controlled: best controlled alignment: E_x (number of groups of x) / S; in (0, 1].
         strategy_entropy: E_x H(group of s | x), nats per record: what the strategy explains of -log p(y|x), since y is
             a function of x and s. A generator that knows s can lower the NLL of an ideal entangled model by this much.
@@ -128,9 +130,17 @@ class Task(HasSpec, ABC):
         return self.ceiling_over([self.sample_input(rng) for _ in range(samples)], strategy_probs)
 
     def ceiling_over(
-        self, xs: Sequence[str], strategy_probs: Callable[[str], Sequence[float]] | None = None
+        self,
+        xs: Sequence[str],
+        strategy_probs: Callable[[str], Sequence[float]] | None = None,
+        num_latents: int | None = None,
     ) -> Ceiling:
         """Return the ceilings of alignment over the given inputs.
+
+        Args:
+            xs: inputs.
+            strategy_probs: p(s|x) as a function of x; None = uniform.
+            num_latents: K; None = as many as there are strategies, or more.
 
         Raises:
             ValueError: if there is no input.
@@ -138,16 +148,19 @@ class Task(HasSpec, ABC):
         if not xs:
             raise ValueError("a ceiling is a mean over inputs, and there is none")
         size = len(self.strategies)
-        best = distinct = entropy = 0.0
+        chosen = list(combinations(range(size), min(num_latents or size, size)))  # strategies that get a latent
+        best, distinct, entropy = [0.0] * len(chosen), 0.0, 0.0
         for x in xs:
-            probs = strategy_probs(x) if strategy_probs else [1 / size] * size
-            members: dict[int, list[float]] = {}
-            for group, p in zip(self.groups(x), probs, strict=True):
-                members.setdefault(group, []).append(p)
-            best += sum(max(group) for group in members.values())
-            distinct += len(members) / size
-            entropy -= sum(p * math.log(p) for group in members.values() if (p := sum(group)) > 0)
-        return Ceiling(min(1.0, best / len(xs)), distinct / len(xs), max(0.0, entropy / len(xs)))
+            probs, groups = strategy_probs(x) if strategy_probs else [1 / size] * size, self.groups(x)
+            for i, strategies in enumerate(chosen):
+                largest: dict[int, float] = {}
+                for s in strategies:
+                    largest[groups[s]] = max(largest.get(groups[s], 0.0), probs[s])
+                best[i] += sum(largest.values())
+            masses = [sum(p for p, own in zip(probs, groups, strict=True) if own == group) for group in {*groups}]
+            distinct += len(masses) / size
+            entropy -= sum(p * math.log(p) for p in masses if p > 0)
+        return Ceiling(min(1.0, max(best) / len(xs)), distinct / len(xs), max(0.0, entropy / len(xs)))
 
 
 def check_range(name: str, value: int, low: int, high: int) -> int:

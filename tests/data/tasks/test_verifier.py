@@ -149,6 +149,23 @@ def test_ceilings_equal_brute_force_over_all_decision_rules(probs):
     assert sampled.one_to_one == pytest.approx(best / 3, abs=0.02)
 
 
+@pytest.mark.parametrize("latents", [1, 2, 3, 5])
+@pytest.mark.parametrize("probs", [(1 / 3, 1 / 3, 1 / 3), (0.7, 0.2, 0.1), (0.0, 0.5, 0.5)])
+def test_fewer_latents_have_a_lower_ceiling(latents, probs):
+    """Every rule from traces to latents, each latent for a strategy of its own."""
+    task, best = Toy(), 0.0
+    for chosen in itertools.permutations(range(3), min(latents, 3)):
+        total = 0.0
+        for x in "012":
+            traces = task.traces(x)
+            total += sum(
+                max(p * (y == traces[s]) for s, p in zip(chosen, [probs[s] for s in chosen], strict=True))
+                for y in {*traces}
+            )
+        best = max(best, total / 3)
+    assert task.ceiling_over(list("012"), lambda x: probs, latents).one_to_one == pytest.approx(best)
+
+
 def test_uniform_ceiling_of_the_toy_is_known():
     ceiling = Toy().ceiling_over(list("012"))
     assert ceiling.one_to_one == pytest.approx((1 / 3 + 2 / 3 + 1) / 3)

@@ -1,0 +1,85 @@
+"""Why an entangled model's solutions are divided by strategy, or are not: what the seeding sees of them, and prefers.
+
+A linear probe with labels says how well what is clustered shows the strategy at all. Then the division that the seeding
+finds and the true one are judged as the seeding does, without labels: what each tells about y given x, less the length
+of its code. A wrong solution has no strategy; in the true division it has the one that the probe gives it.
+
+    python tests/benchmarks/seeding_probe.py .../grid_pathfinding/entangled/model grid_pathfinding
+"""
+
+from __future__ import annotations
+
+import argparse
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from cvae_lightning import SharedDiscreteCVAE
+from cvae_lightning.backbones.solution_features import solution_features
+from cvae_lightning.data import SyntheticDataModule, tasks
+from cvae_lightning.losses import FreeEnergyLoss, PosteriorDistillationLoss
+from cvae_lightning.metrics.matching import clustering_scores
+from cvae_lightning.modules.seeding import LatentSeeding, solved_differently
+from cvae_lightning.modules.solution_clusters import combine, environments_of, principal
+from cvae_lightning.modules.solution_divisions import Folds, in_all_views, information
+
+
+def main() -> None:
+    """Print what was drawn, what a probe reads off it, and what the two divisions tell."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of an entangled model")
+    parser.add_argument("task", help="by its name, as grid_pathfinding")
+    parser.add_argument("--inputs", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=1)
+    given = parser.parse_args()
+    task = getattr(tasks, given.task.title().replace("_", ""))()
+    count, seeding = len(task.strategies), LatentSeeding(num_inputs=given.inputs, seed=given.seed)
+    objective = {"free_energy": FreeEnergyLoss(), "distillation": PosteriorDistillationLoss()}
+    module = SharedDiscreteCVAE(given.model, objective, num_latents=count, seeding=seeding)
+    module._trainer = SimpleNamespace(is_global_zero=True, progress_bar_callback=None)
+    data = SyntheticDataModule(task=task, train_size=200000, val_size=512, test_size=512).records("train")
+    records = [data[i] for i in range(given.inputs)]
+    drawn = seeding.solve(module, list(dict.fromkeys(r.x for r in records)), records)
+    solutions = solved_differently(drawn)
+    writers = [task.compatible_strategies(s.x, s.y) for s in solutions]
+    right = np.array([bool(names) for names in writers])
+    own = np.array([task.strategies.index(*names) if len(names) == 1 else -1 for names in writers])
+    print(f"{len(solutions)} solutions, of which {right.mean():.3f} are right, {(own >= 0).mean():.3f} of one strategy")
+
+    group = seeding.num_solutions
+    features = solution_features(module.reference(), module.template.unlimited(), solutions)
+    views = combine({name: seeding.centre(view) for name, view in features.items()})
+    components = {name: principal(view, count) for name, view in views.items()}
+    held_out = np.arange(len(solutions)) // group % 4 == 0
+    true = own
+    for name, points in components.items():
+        scaled = points / np.sqrt((points**2).mean(0)).clip(1e-9)
+        fits, tests = (own >= 0) & ~held_out, (own >= 0) & held_out
+        probe = LogisticRegression(max_iter=300, C=0.1).fit(scaled[fits], own[fits])
+        print(f"strategy by a linear probe of {name}, held-out inputs: {probe.score(scaled[tests], own[tests]):.3f}")
+        true = np.where(own >= 0, own, probe.predict(scaled))  # of the last view, which is all of them
+
+    found = seeding.divide(module, module.reference(), solutions).labels.numpy()
+    table = np.zeros((count, count), dtype=int)
+    np.add.at(table, (found[own >= 0], own[own >= 0]), 1)
+    print(f"clusters right, of the solutions of one strategy: {clustering_scores(table)['one_to_one']:.3f}\n")
+
+    template, xs = module.template, list(dict.fromkeys(s.x for s in solutions))
+    tokens = [ids[mask].tolist() for ids, mask in zip(*template.prefixes(xs), strict=True)]
+    places = [np.repeat(groups, group) for groups in environments_of(seeding.of_inputs(features), tokens, given.seed)]
+    folds = [[Folds(points, groups) for points in components.values()] for groups in places]
+    heads = [*components, "all of them together, worst environment"]
+    print("| division | entropy given x |", " | ".join(f"code, {head}" for head in heads), "| tells |")
+    print("|---|" + "---:|" * (len(heads) + 2))
+    for name, labels in (("found", found), ("true", true)):
+        codes = [max(in_all_views([fold[i]], labels, count) for fold in folds) for i in range(len(components))]
+        worst = max(in_all_views(fold, labels, count) for fold in folds)
+        entropy = information(labels, group)
+        print("|", " | ".join([name, *(f"{v:.3f}" for v in (entropy, *codes, worst, entropy - worst))]), "|")
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()
