@@ -35,6 +35,11 @@ class Head:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
+def positions_of(lm: Any) -> int | None:
+    """Return how many tokens a model can read; None = any number."""
+    return getattr(lm.config, "max_position_embeddings", None)
+
+
 def build_causal_lm(config: dict[str, Any], vocab_size: int, pad_token_id: int | None = None) -> Any:
     """Build a randomly initialised causal LM, in fp32 whatever the config's ``dtype``.
 

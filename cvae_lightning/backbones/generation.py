@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cvae_lightning.backbones.branch_choice import attends_only
-from cvae_lightning.backbones.causal_lm import decoder_of, head_of
+from cvae_lightning.backbones.causal_lm import decoder_of, head_of, positions_of
 
 ELSEWHERE = {
     "max_length": "it counts the prompt and its padding: give max_new_tokens",
@@ -126,8 +126,7 @@ def generate_within(
 def _padding_takes_room(lm: Any, options: Mapping[str, Any]) -> bool:
     """Whether padded places count where tokens are counted: by transformers, or in a table of all pairs of places."""
     by_transformers = not options.keys() <= set(inspect.signature(generate_ids).parameters)
-    positions = getattr(lm.config, "max_position_embeddings", None)
-    return by_transformers or any(buffer.shape[-2:] == (positions, positions) for buffer in lm.buffers())
+    return by_transformers or any(buffer.shape[-2:] == (positions_of(lm),) * 2 for buffer in lm.buffers())
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from cvae_lightning.backbones.causal_lm import evaluating
+from cvae_lightning.backbones.causal_lm import evaluating, positions_of
 from cvae_lightning.backbones.generation import generate_within
 from cvae_lightning.outputs import Record
 from cvae_lightning.template import PromptTemplate
@@ -109,8 +109,7 @@ def draw_solutions(
 
 
 def _longest_record(lm: Any, template: PromptTemplate) -> int:
-    positions = getattr(lm.config, "max_position_embeddings", None) or 2**31
-    return min(positions, template.max_length or 2**31)
+    return min(positions_of(lm) or 2**31, template.max_length or 2**31)
 
 
 def _plain_prompts(template: PromptTemplate, prompt: str, xs: Sequence[str]) -> tuple[Tensor, Tensor]:

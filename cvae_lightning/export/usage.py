@@ -35,7 +35,7 @@ def plain_usage(module: SharedDiscreteCVAE, xs: Sequence[str]) -> str:
     """Return how to use a plain folder with transformers alone."""
     bos, latents = _bos(module), module.num_latents
     room = str(module.max_new_tokens)
-    if getattr(module.lm.config, "max_position_embeddings", None):
+    if module.positions:
         room = f'min({room}, model.config.max_position_embeddings - batch["input_ids"].shape[1])'
     if string_prompt_is_exact(module, xs):
         encode = """def encode(prompts):

@@ -216,8 +216,7 @@ class SharedDiscreteCVAE(DiscreteUse):
             c_base=None if self.c_base is None else token_nll.new_tensor(self.c_base),
             baseline_nll=self.baseline_nll(batch) if "baseline_nll" in fields else None,
             inter_latent_jsd=inter_latent_jsd,
-            seed_shares=self.seed_shares,
-            seed_ways=None if self.seeding is None else self.seed_ways,
+            **self._seeds(),
         )
 
     def encode(self, batch: PairBatch) -> BranchOutput:
@@ -290,6 +289,9 @@ class SharedDiscreteCVAE(DiscreteUse):
         counts = self.seed_counts.float() + 1
         return counts / counts.sum()
 
+    def _seeds(self) -> dict[str, Tensor | None]:
+        return {"seed_shares": self.seed_shares, "seed_ways": None if self.seeding is None else self.seed_ways}
+
     def on_train_start(self) -> None:
         """Let the seeding say where the latents start, before the first step, unless a checkpoint has said it."""
         if self.seeding is not None and self.global_step == 0 and not bool(self.seeded):
@@ -346,8 +348,7 @@ class SharedDiscreteCVAE(DiscreteUse):
         router, posterior = (usage[f"aggregate_{part}"].float().log()[None] for part in ("router", "posterior"))
         none = router.new_zeros(1, self.num_latents, 0)
         temperature = router.new_tensor(self.posterior_temperature)
-        seeds = {"seed_shares": self.seed_shares, "seed_ways": None if self.seeding is None else self.seed_ways}
-        return DiscreteOutputs(router, posterior, none, none[:, 0].bool(), temperature, **seeds)
+        return DiscreteOutputs(router, posterior, none, none[:, 0].bool(), temperature, **self._seeds())
 
     def compute_metrics(self) -> dict[str, Tensor]:
         """Return the metrics of the split by log key."""

@@ -23,6 +23,7 @@ from cvae_lightning.backbones.causal_lm import (
     evaluating,
     head_of,
     load_tokenizer,
+    positions_of,
     read_hidden,
 )
 from cvae_lightning.functional import latent_token_stats
@@ -261,7 +262,7 @@ class LanguageModule(HasSpec, Shardable):
     @property
     def positions(self) -> int | None:
         """How many tokens the model can read; None = any number."""
-        return getattr(self.lm.config, "max_position_embeddings", None)
+        return positions_of(self.lm)
 
     @property
     def positions_between(self) -> int:

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from cvae_lightning.backbones.causal_lm import evaluating
+from cvae_lightning.backbones.causal_lm import evaluating, positions_of
 from cvae_lightning.backbones.generation import generate_within
 from cvae_lightning.backbones.solution_features import solution_features
 from cvae_lightning.modules.descent import descend
@@ -228,7 +228,7 @@ class LatentSeeding(HasSpec):
         lm = module.reference() if lm is None else lm
         template = module.template
         longest_y = max(len(y) for _, y in template.segments(given))
-        longest = getattr(lm.config, "max_position_embeddings", None) or 2**31
+        longest = positions_of(lm) or 2**31
         generator = torch.Generator(module.device).manual_seed(self.run_seed)
         markers = template.marker_ids
         rows = lm.get_output_embeddings().weight.shape[0]  # a padded table has some for the latents too
