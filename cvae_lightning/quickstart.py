@@ -36,6 +36,11 @@ class Step:
     words: tuple[str, ...]
     product: str
 
+    @property
+    def shown(self) -> str:
+        """The command as a user types it."""
+        return shlex.join(["cvae-lightning", *self.words])
+
 
 STEPS = (
     Step(
@@ -74,15 +79,14 @@ def quickstart(args: Sequence[str] = (), command: Sequence[str] | None = None) -
     upstream, rerun = version("cvae-lightning"), False
     for number, step in enumerate(STEPS, start=1):
         upstream = _fingerprint(step, upstream)
-        shown = shlex.join(["cvae-lightning", *step.words])
-        print(f"\n[{number}/{len(STEPS)}] {step.title}\n$ {shown}", flush=True)
-        done = {} if rerun else finished.get(shown, {})
+        print(f"\n[{number}/{len(STEPS)}] {step.title}\n$ {step.shown}", flush=True)
+        done = {} if rerun else finished.get(step.shown, {})
         if done.get("fingerprint") == upstream and any(FOLDER.glob(step.product)):
             print(f"finished earlier in {done['seconds']:.0f} s; `cvae-lightning quickstart --force` runs it again")
             continue
         if not rerun:  # what comes after a step that runs again is stale, also for a call after one that is broken off
-            later = {shlex.join(["cvae-lightning", *stale.words]) for stale in STEPS[number - 1 :]}
-            finished = {shown: entry for shown, entry in finished.items() if shown not in later}
+            later = {stale.shown for stale in STEPS[number - 1 :]}
+            finished = {name: entry for name, entry in finished.items() if name not in later}
             write_json(stamp_file, finished)
         rerun = True
         start = time.monotonic()
@@ -92,7 +96,7 @@ def quickstart(args: Sequence[str] = (), command: Sequence[str] | None = None) -
         if code:
             print(f"cvae-lightning: error: the command above ended with exit code {code}", file=sys.stderr)
             return code
-        finished[shown] = {"fingerprint": upstream, "seconds": time.monotonic() - start}
+        finished[step.shown] = {"fingerprint": upstream, "seconds": time.monotonic() - start}
         write_json(stamp_file, finished)
     _finish(sum(step["seconds"] for step in finished.values()))
     return 0

@@ -11,7 +11,7 @@ import torch
 from tiny import CONFIGS, QUIET, RECORDS, TinyData, tiny_artifact, tiny_lm, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cvae_lightning.backbones.artifact import Baseline, save_artifact
+from cvae_lightning.backbones.artifact import Baseline
 from cvae_lightning.losses import FreeEnergyLoss, ReconstructionLoss
 from cvae_lightning.modules import EntangledLM, SharedDiscreteCVAE
 from cvae_lightning.outputs import Record
@@ -147,9 +147,7 @@ def test_checkpoint_loads_without_data_and_artifact(tmp_path):
 
 
 def test_a_checkpoint_loads_without_the_model_that_it_started_from(tmp_path):
-    lm, template = tiny_lm("gpt2")
-    save_artifact(tmp_path / "base", lm, template.tokenizer, Baseline(1.5, 10, "val", template.fingerprint()))
-    model, run = EntangledLM(str(tmp_path / "out"), str(tmp_path / "base")), trainer()
+    model, run = EntangledLM(str(tmp_path / "out"), tiny_artifact(tmp_path / "base", "gpt2")), trainer()
     run.fit(model, TinyData())
     run.save_checkpoint(tmp_path / "model.ckpt")
     shutil.rmtree(tmp_path / "base")
