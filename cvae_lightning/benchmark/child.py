@@ -77,16 +77,28 @@ class Child:
         self._process.wait()
 
     def error(self) -> str:
-        """Return what the output says about a failure: its error message, else its last lines."""
+        """Return what is known of a failure: the error message in the output, else how it ended and its last lines.
+
+        The first line says it all; of the last lines it has the very last one, and those before follow.
+        """
         with self.log.open("rb") as file:
             file.seek(self._start)
             lines = file.read().decode(errors="replace").rstrip().splitlines()
         said = [line for line in lines if line.startswith("cvae-lightning: error: ")]
-        return said[-1].removeprefix("cvae-lightning: error: ") if said else "\n".join(lines[-TAIL:])
+        if said:
+            return said[-1].removeprefix("cvae-lightning: error: ")
+        code = self._process.poll()
+        ending = f"ended with exit code {code}" if code is None or code >= 0 else f"killed by {_signal_name(-code)}"
+        return "\n".join([f"{ending}: {lines[-1]}" if lines else ending, *lines[-TAIL:-1]])
 
     def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, number)
+
+
+def _signal_name(number: int) -> str:
+    name = signal.Signals(number).name if number in {*signal.Signals} else f"signal {number}"
+    return f"{name} (out of memory?)" if number == signal.SIGKILL else name
 
 
 def end_with_parent() -> Callable[[], None] | None:

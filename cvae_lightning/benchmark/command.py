@@ -29,7 +29,7 @@ def benchmark(args: Sequence[str]) -> int:
     cells = plan(settings, given.smoke)
     chosen = select(cells, given.only)
     if given.known:
-        print(*take_over(cells, given.known), sep="\n")
+        print(*take_over(cells, given.known, given.rerun_changed), sep="\n")
     if given.list:
         _list(chosen)
         return 0
@@ -90,8 +90,8 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--rerun-changed",
         action="store_true",
-        help="run finished cells anew whose configuration has changed; their old results are deleted (where only "
-        "test_options have changed, the trained model is kept)",
+        help="run finished cells anew whose configuration has changed, or take their results from --known; their old "
+        "results are deleted (where only test_options have changed, the trained model is kept)",
     )
     parser.add_argument("--retest", action="store_true", help="test finished cells again, without training them again")
     return parser.parse_args(list(args))

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from cvae_lightning.benchmark import records
-from cvae_lightning.benchmark.plan import Cell, holds_model
+from cvae_lightning.benchmark.plan import Cell
 
 Row = dict[str, Any]
 
 
-def take_over(cells: Sequence[Cell], files: Sequence[str]) -> list[str]:
+def take_over(cells: Sequence[Cell], files: Sequence[str], replace_changed: bool = False) -> list[str]:
     """Write the results of lines that fit cells into the folders of these cells, where none has one of its own.
 
     A line belongs to the cell with the same hash, whatever the benchmark or the recipe was called. The line of an
@@ -22,6 +22,7 @@ def take_over(cells: Sequence[Cell], files: Sequence[str]) -> list[str]:
     Args:
         cells: all cells of the benchmark.
         files: files like ``results.jsonl``; of two lines with the same hash the first one counts.
+        replace_changed: also into folders that hold the result of another configuration, which is lost.
 
     Returns:
         What was done, one text per line, to show to the user.
@@ -36,8 +37,9 @@ def take_over(cells: Sequence[Cell], files: Sequence[str]) -> list[str]:
                 rows.setdefault(row["hash"], row)
     missing = [cell for cell in cells if not records.is_done(cell)]
     waited_for = {cell.entangled for cell in missing if cell.hash not in rows}
-    fitting = [cell for cell in missing if cell.hash in rows]
-    again = [cell for cell in fitting if cell in waited_for and not holds_model(cell.model_folder)]
+    known = [cell for cell in missing if cell.hash in rows]
+    fitting = [cell for cell in known if replace_changed or records.state(cell) != "changed"]
+    again = [cell for cell in fitting if cell in waited_for and not records.holds_own_model(cell)]
     taken = [cell for cell in fitting if cell not in again]
     for cell in taken:
         records.check_folder(cell)

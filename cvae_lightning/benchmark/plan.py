@@ -99,7 +99,7 @@ def plan(settings: Settings, smoke: bool = False) -> list[Cell]:
         for task_name in tasks[:2] if smoke else tasks:
             task = settings.tasks[task_name]
             try:
-                entangled = _combine(task.entangled, recipe.entangled)
+                entangled = combine(task.entangled, recipe.entangled)
                 name = "entangled" if recipe.entangled is None else f"entangled_{recipe_name}"
                 model = _entangled(entangled, task_name, name, root, settings.test_options, smoke)
                 base = _fill(recipe.source.configs, task_name)
@@ -135,7 +135,7 @@ def select(cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
     return [cell for cell in cells if cell.name in chosen]
 
 
-def _combine(task: Source, recipe: Source | None) -> Source:
+def combine(task: Source, recipe: Source | None) -> Source:
     """Return how a recipe's entangled model is trained: its own configs or the task's, options on top of the task's."""
     if recipe is None:
         return task

@@ -53,6 +53,14 @@ def read_result(cell: Cell) -> dict[str, Any] | None:
     return read_json(cell.folder / "result.json")
 
 
+def ended(cell: Cell) -> float:
+    """Return when the cell was done or failed, in seconds since the epoch; 0 where it is neither."""
+    try:
+        return (cell.folder / "result.json").stat().st_mtime
+    except OSError:
+        return 0.0
+
+
 def write_result(cell: Cell, result: dict[str, Any]) -> None:
     """Write the result; from then on the cell is finished, or has failed."""
     write_text(cell.folder / "result.json", json.dumps(result, indent=1) + "\n")
@@ -118,10 +126,21 @@ def forget_tests(cells: Sequence[Cell]) -> list[Cell]:
         Finished cells that keep their results, because their trained models are not here.
     """
     done = [cell for cell in cells if is_done(cell)]
-    for cell in done:
-        if cell.checkpoint.exists():
-            (cell.folder / "result.json").unlink(missing_ok=True)
-    return [cell for cell in done if not cell.checkpoint.exists()]
+    here = [cell for cell in done if is_trained(cell) and cell.checkpoint.exists()]
+    for cell in here:
+        (cell.folder / "result.json").unlink(missing_ok=True)
+    return [cell for cell in done if cell not in here]
+
+
+def is_trained(cell: Cell) -> bool:
+    """Return whether what lies in the cell's folder was trained, to the end, with the configuration it has now."""
+    progress = Progress.read(cell)
+    return progress is not None and progress.fitted and progress.hash == cell.fit_hash
+
+
+def holds_own_model(model: Cell) -> bool:
+    """Return whether an entangled model is here, and no other one: cells can start from it."""
+    return is_trained(model) and holds_model(model.model_folder)
 
 
 def needed_models(cells: Sequence[Cell]) -> list[Cell]:
@@ -132,7 +151,7 @@ def needed_models(cells: Sequence[Cell]) -> list[Cell]:
 def forget_absent(models: Sequence[Cell]) -> None:
     """Let finished models be trained anew that are not here: measured elsewhere, or removed since."""
     for model in models:
-        if is_done(model) and not holds_model(model.model_folder):
+        if is_done(model) and not holds_own_model(model):
             Progress("").write(model)
             (model.folder / "result.json").unlink(missing_ok=True)
 

@@ -227,7 +227,7 @@ class Runner:
                 return
             self._finish(one, f"training left no checkpoint {one.cell.checkpoint}")
         elif code != 0:
-            self._finish(one, one.child.error() or f"{one.stage} ended with exit code {code}")
+            self._finish(one, one.child.error())
         elif not (one.cell.folder / "summary.json").exists():
             self._finish(one, "the test left no summary.json")
         else:
@@ -270,7 +270,7 @@ class Runner:
             self.display.event(f"done    {cell.name} in {taken}")
         else:
             self.display.event(
-                f"{word}  {cell.name} after {taken}: {error.splitlines()[-1]} (see {cell.folder}/log.txt)"
+                f"{word}  {cell.name} after {taken}: {error.splitlines()[0]} (see {cell.folder}/log.txt)"
             )
         self.finished()
 

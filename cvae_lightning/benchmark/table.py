@@ -95,7 +95,7 @@ def markdown(rows: Sequence[Row], total: int, columns: Mapping[str, str], comman
         lines += ["## Shares of the terms in the objective", "", *shares, ""]
     if failed:
         lines += ["## Failed cells", ""]
-        lines += [f"- {_name(row)}: {' '.join(row['error'].split())[-400:]}" for row in failed] + [""]
+        lines += [f"- {_name(row)}: {' '.join(row['error'].split())[:400]}" for row in failed] + [""]
     found = [row["metrics"] or {} for row in done if row["seed"] is not None]
     absent = [
         f"{heading} ({key})"

@@ -59,8 +59,9 @@ def write_tables(search: Search, study: Study, command: str) -> Path:
     trials = [
         trial for trial in study.get_trials(deepcopy=False) if trial.params.keys() == search.settings.space.keys()
     ]
-    cells = search.cells([trial.params for trial in trials]) if trials else search.base
-    write_cells(search.settings.benchmark, cells, command)
+    possible = [trial.params for trial in trials if search.obstacle(trial.params) is None]
+    cells = search.cells(possible) if possible else search.base
+    write_cells(search.benchmark, cells, command)
     path = search.root / "trials.md"
     write_text(path, markdown(search, trials, command))
     return path

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from cvae_lightning.benchmark import records, runner
 from cvae_lightning.benchmark.claims import is_claimed
 from cvae_lightning.benchmark.compose import differences
-from cvae_lightning.benchmark.plan import Cell, digest, plan
+from cvae_lightning.benchmark.plan import Cell, combine, digest, plan
+from cvae_lightning.benchmark.settings import Settings
 from cvae_lightning.sweep.objective import Pruning, check_keys_of, objective
 from cvae_lightning.sweep.settings import Choices, Range, SweepSettings
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 FRESH = 10.0
-"""Seconds that a trial may take from being asked for to being claimed."""
+"""Seconds that may pass between a trial's being asked for, each claim of its cells, and its being told."""
 FAILURES = 3
 """Trials that fail one after the other before a process gives up."""
 Params = Mapping[str, Any]
@@ -44,7 +45,9 @@ class Search:
 
     def __init__(self, settings: SweepSettings, smoke: bool) -> None:
         self.settings, self.smoke = settings, smoke
-        self.base = plan(settings.benchmark, smoke)
+        self.benchmark = _of_tasks(settings.benchmark)
+        self._obstacles: dict[str, str | None] = {}
+        self.base = plan(self.benchmark, smoke)
         self.root = self.base[0].root
         first = {name: d.texts[0] if isinstance(d, Choices) else d.low for name, d in settings.space.items()}
         cells = self.cells([first])  # refuses options that lead nowhere before anything is trained
@@ -63,17 +66,34 @@ class Search:
 
     def name(self, params: Params) -> str:
         """Return the name of a trial's recipe, and so of its folders: it follows from the options alone."""
-        (recipe,) = self.settings.benchmark.recipes
+        (recipe,) = self.benchmark.recipes
         return f"{recipe}_{digest(self.options(params))[:8]}"
 
     def cells(self, trials: Sequence[Params]) -> list[Cell]:
-        """Return the cells of trials, and the entangled models that they start from."""
-        (recipe,) = self.settings.benchmark.recipes.values()
+        """Return the cells of trials, and the entangled models that they start from.
+
+        Raises:
+            ValueError: if the options of a trial do not fit one another.
+            FileNotFoundError: if one of them names a file that is not there.
+        """
+        (recipe,) = self.benchmark.recipes.values()
         recipes = {}
         for params in trials:
             source = replace(recipe.source, options={**recipe.source.options, **self.options(params)})
             recipes[self.name(params)] = replace(recipe, source=source)
-        return plan(replace(self.settings.benchmark, recipes=recipes), self.smoke)
+        return plan(replace(self.benchmark, recipes=recipes), self.smoke)
+
+    def obstacle(self, params: Params) -> str | None:
+        """Return why a trial cannot be run, None if it can: its options may be right one by one and not together."""
+        name = self.name(params)
+        if name not in self._obstacles:
+            try:
+                self.cells([params])
+            except (ValueError, FileNotFoundError) as error:
+                self._obstacles[name] = str(error)
+            else:
+                self._obstacles[name] = None
+        return self._obstacles[name]
 
     def open_study(self) -> Study:
         """Return the study in the journal, which is begun if there is none.
@@ -138,7 +158,7 @@ class Search:
         """
         from optuna.trial import TrialState
 
-        threads = self.settings.benchmark.threads
+        threads = self.benchmark.threads
         models = [cell for cell in self.base if cell.seed is None]
         failures, waits = 0, False
         while failures < FAILURES:
@@ -159,6 +179,12 @@ class Search:
             if code:
                 return code
             trial = study.ask(self._distributions())
+            if obstacle := self.obstacle(trial.params):
+                study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+                print(f"trial {trial.number}: failed: {obstacle}", flush=True)
+                failures += 1
+                finished()
+                continue
             cells = self.cells([trial.params])
             pruning = Pruning(trial, self.settings.keys) if self.settings.prune else None
             for cell in cells:
@@ -175,7 +201,7 @@ class Search:
         for cell in models:
             records.check_folder(cell)
         records.forget_absent(models)
-        return runner.Runner(models, jobs, self.settings.benchmark.threads).run()
+        return runner.Runner(models, jobs, self.benchmark.threads).run()
 
     def _distributions(self) -> dict[str, BaseDistribution]:
         return {name: distribution(domain) for name, domain in self.settings.space.items()}
@@ -195,8 +221,7 @@ class Search:
             print(f"trial {trial.number}: failed, or without {self.settings.objective}", flush=True)
             return False
         study.tell(trial, number, skip_if_finished=True)
-        best = study.best_trial
-        print(f"trial {trial.number}: {number:.6g} (best: {best.value:.6g}, trial {best.number})", flush=True)
+        print(f"trial {trial.number}: {number:.6g}{_best(study)}", flush=True)
         return True
 
     def _revive(self, study: Study) -> None:
@@ -211,15 +236,35 @@ class Search:
                 study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
             except (ValueError, optuna.exceptions.OptunaError):
                 continue  # another process was quicker, and asks for it
-            if trial.params.keys() == self.settings.space.keys():
+            if trial.params.keys() == self.settings.space.keys() and self.obstacle(trial.params) is None:
                 study.enqueue_trial(trial.params, user_attrs={"goes_on": trial.number})
 
     def _is_alive(self, trial: FrozenTrial) -> bool:
-        if trial.datetime_start is not None and time.time() - trial.datetime_start.timestamp() < FRESH:
+        now = time.time()
+        if trial.datetime_start is not None and now - trial.datetime_start.timestamp() < FRESH:
             return True
-        if trial.params.keys() != self.settings.space.keys():
+        if trial.params.keys() != self.settings.space.keys() or self.obstacle(trial.params) is not None:
             return False
-        return any(is_claimed(cell.folder) for cell in self.cells([trial.params]))
+        cells = self.cells([trial.params])
+        return any(is_claimed(cell.folder) or now - records.ended(cell) < FRESH for cell in cells)
+
+
+def _of_tasks(benchmark: Settings) -> Settings:
+    """Return a benchmark of one recipe in which the tasks say what its entangled models are: all trials share them."""
+    ((name, recipe),) = benchmark.recipes.items()
+    tasks = {
+        key: replace(task, entangled=combine(task.entangled, recipe.entangled)) for key, task in benchmark.tasks.items()
+    }
+    return replace(benchmark, tasks=tasks, recipes={name: replace(recipe, entangled=None)})
+
+
+def _best(study: Study) -> str:
+    """Return which trial is the best; nothing where others have told that all have failed."""
+    try:
+        best = study.best_trial
+    except ValueError:
+        return ""
+    return f" (best: {best.value:.6g}, trial {best.number})"
 
 
 def distribution(domain: Range | Choices) -> BaseDistribution:

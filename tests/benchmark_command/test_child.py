@@ -3,6 +3,8 @@
 import json
 import sys
 
+import pytest
+
 from cvae_lightning.benchmark.child import Child
 
 
@@ -19,3 +21,19 @@ def test_a_cell_knows_nothing_of_the_launch_that_the_runner_belongs_to(tmp_path,
     given = json.loads((tmp_path / "log.txt").read_text().splitlines()[-1])
     assert not given.keys() & set(names)
     assert (given["CVAE_LIGHTNING_TEST"], given["OMP_NUM_THREADS"]) == ("kept", "2")
+
+
+@pytest.mark.parametrize(
+    ("ending", "said"),
+    [
+        ("kill -9 $$", "killed by SIGKILL (out of memory?): reading"),
+        ("kill -15 $$", "killed by SIGTERM: reading"),
+        ("exit 3", "ended with exit code 3: reading"),
+        ("echo 'cvae-lightning: error: no disk'; exit 1", "no disk"),
+    ],
+)
+def test_a_failure_says_first_how_it_ended(tmp_path, ending, said):
+    child = Child(["sh", "-c", f"echo starting; echo reading; {ending}"], tmp_path / "log.txt", 1)
+    while child.poll() is None:
+        pass
+    assert child.error().splitlines() == [said, *([] if said == "no disk" else ["starting"])]

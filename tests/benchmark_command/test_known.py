@@ -114,6 +114,49 @@ def test_own_results_stay_and_stale_lines_are_named_once(folder, elsewhere):
     assert "elsewhere" not in (commits["base_conversion/ours/seed1"], commits["base_conversion/entangled"])
 
 
+def test_weights_of_another_configuration_are_no_model_to_start_from(folder, elsewhere):
+    """The entangled model here is that of an earlier recipe, the known result that of the present one."""
+    names = CONFIG["tasks"]
+    options = {"trainer.max_steps": 500}
+    earlier = {name: {"entangled": {"configs": [f"entangled_{name}"], "options": options}} for name in names}
+    folder.write({**CONFIG, "tasks": earlier})
+    folder.run("--only", "base_conversion/entangled")
+    folder.calls()
+    folder.write(CONFIG)
+    words = (
+        "--only",
+        "base_conversion/ours/seed1",
+        "--known",
+        keep(folder, starting_with(elsewhere, "base_conversion/entangled")),
+    )
+    assert "1 finished cells were run with another configuration" in folder.run(*words, code=1)
+    assert not folder.calls()
+    out = folder.run(*words, "--rerun-changed")
+    assert "trained again, for the cells that start from it: base_conversion/entangled" in out
+    assert folder.calls()["fit base_conversion/entangled"] == 1
+    assert folder.results()["base_conversion/entangled"]["commit"] != "elsewhere"
+
+
+def test_a_result_of_another_configuration_is_replaced_only_if_asked(folder, elsewhere):
+    name = "base_conversion/ours/seed1"
+    other = {"ours": {"configs": ["discrete_{task}"], "options": {"model.num_latents": 8}}}
+    folder.write({**CONFIG, "recipes": {**CONFIG["recipes"], **other}})
+    folder.run("--only", name)
+    folder.write(CONFIG)
+    words = ("--only", name, "--known", keep(folder, [elsewhere[name]]))
+    assert "0 results taken over" in folder.run(*words, "--list")
+    path = folder.path / f"out/{name}/result.json"
+    assert json.loads(path.read_text())["config"]["model"]["init_args"]["num_latents"] == 8
+    assert "1 results taken over" in folder.run(*words, "--rerun-changed")
+    assert json.loads(path.read_text())["commit"] == "elsewhere"
+
+    folder.calls()  # the checkpoint here is of the other one
+    out = folder.run("--only", name, "--retest")
+    assert f"not tested again, their trained models are not here: {name}\n" in out
+    assert json.loads(path.read_text())["commit"] == "elsewhere"
+    assert not [call for call in folder.calls() if name in call]
+
+
 def test_lines_of_failed_cells_finish_nothing_and_retest_keeps_what_has_no_model(folder, elsewhere):
     name = "base_conversion/ours/seed1"
     failed = json.loads(elsewhere[name]) | {"status": "failed", "error": "fit: no disk", "attempt": "1"}

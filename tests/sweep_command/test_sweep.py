@@ -9,6 +9,9 @@ import pytest
 from benchmark_command.working_folder import Folder
 
 from cvae_lightning import cli
+from cvae_lightning.benchmark import records
+from cvae_lightning.sweep.search import Search
+from cvae_lightning.sweep.settings import load_sweep
 
 CONFIG = {
     "results": "out",
@@ -120,6 +123,54 @@ def test_without_the_entangled_model_nothing_is_tried(folder):
     folder.run(code=1)
     assert [*fits(folder.calls())] == ["entangled"]
     assert trials(folder) == []
+
+
+def test_options_that_do_not_fit_one_another_fail_their_trial_alone(folder):
+    space = {
+        "model.seeding": {"choices": [{"class_path": "cvae_lightning.modules.LatentSeeding"}, None]},
+        "model.seeding.init_args.hold_steps": {"low": 1, "high": 400},
+    }
+    folder.write({**CONFIG, "space": space, "trials": 3})
+    first = {"model.seeding": "null", "model.seeding.init_args.hold_steps": 7}
+    search = Search(load_sweep(folder.path / "bench.yaml"), smoke=False)
+    search.root = folder.path / "out"
+    search.open_study().enqueue_trial(first)
+    out = folder.run()
+    assert "trial 0: failed: recipe ours_" in out
+    assert "model.seeding is None, which has no init_args" in out
+    rows = trials(folder)
+    assert collections.Counter(row[1] == "fail" for row in rows)[False] == 3
+    assert rows[-1][3] == "7"
+    assert "trials   out/trials.md" in folder.run("--report")
+    assert trials(folder) == rows
+
+
+def test_the_recipes_own_entangled_model_is_trained_once_for_all_trials(folder):
+    recipe = CONFIG["recipes"]["ours"] | {"entangled": {"options": {"trainer.max_steps": 1000}}}
+    folder.write({**CONFIG, "recipes": {"ours": recipe}})
+    folder.run()
+    run = fits(folder.calls())
+    assert len(run) == 5
+    assert run["entangled"] == 1
+    assert folder.results()["sorting_algorithms/entangled"]["config"]["trainer"]["max_steps"] == 1000
+
+
+def test_a_trial_that_has_just_ended_is_left_to_its_process(folder, monkeypatch):
+    monkeypatch.chdir(folder.path)
+    one, other = (Search(load_sweep(folder.path / "bench.yaml"), smoke=False) for _ in range(2))
+    study = one.open_study()
+    trial = study.ask(one._distributions())
+    monkeypatch.setattr("cvae_lightning.sweep.search.FRESH", 0.5)
+    time.sleep(0.6)  # it was asked for long ago
+    (cell,) = (cell for cell in one.cells([trial.params]) if cell.seed is not None)
+    cell.folder.mkdir(parents=True)
+    records.write_result(cell, {"status": "done", "hash": cell.hash, "metrics": {"marginal_nll": 0.5}})
+    other._revive(other.open_study())
+    assert [t.state.name for t in study.get_trials()] == ["RUNNING"]
+    time.sleep(0.6)
+    other._revive(other.open_study())
+    assert [t.state.name for t in study.get_trials()] == ["FAIL", "WAITING"]
+    assert one._tell(study, trial, [cell], None)  # too late for it, and no reason to stop
 
 
 def test_another_sweep_or_a_torn_journal_in_the_same_folder_is_refused(folder):
