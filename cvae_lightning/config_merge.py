@@ -34,7 +34,7 @@ class MergeConfig(ActionConfigFile):
             raise ValueError(f"{path}: {error}") from error
         if merged:  # the new model entry is complete: what it replaces must not leak into it
             before = cfg["model"]  # keeps its class: jsonargparse drops the arguments that another one does not have
-            cfg["model"] = Namespace(class_path=before["class_path"], init_args=before.get("init_args"))
+            cfg["model"] = Namespace(class_path=before["class_path"], init_args=before.get("init_args") or Namespace())
             if "losses" in (config["model"].get("init_args") or {}):
                 cfg["model"]["init_args"].pop("losses", None)
         super().__call__(parser, cfg, yaml.safe_dump(config, sort_keys=False) if merged else str(path), option_string)

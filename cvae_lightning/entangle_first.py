@@ -94,7 +94,10 @@ def wait_for_turn(folder: Path) -> Claim | None:
 
 def _train(recipe: str, path: Path, folder: Path, config: dict[str, Any], claim: Claim) -> None:
     shared = Path(config["trainer"]["default_root_dir"]) / "entangled_overrides.yaml"
-    text = yaml.safe_dump(overrides(config), sort_keys=False)
+    taken = overrides(config)
+    if ((read_config(path).get("data") or {}).get("init_args") or {}).get("self_generated"):
+        taken["data"]["init_args"].pop("self_generated", None)  # its model is asked in another way
+    text = yaml.safe_dump(taken, sort_keys=False)
     write_text(shared, text)
     words = ["fit", "--config", recipe, "--config", str(shared)]
     data = training_data(config["data"])

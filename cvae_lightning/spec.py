@@ -43,8 +43,8 @@ class HasSpec:
                 for name, parameter in signature.parameters.items():
                     if parameter.kind is parameter.VAR_KEYWORD:  # what the call gave by name, it is built with by name
                         arguments |= arguments.pop(name)
-                    elif parameter.kind is parameter.VAR_POSITIONAL and not arguments[name]:
-                        del arguments[name]
+                    elif parameter.kind is parameter.VAR_POSITIONAL:
+                        arguments |= dict(zip(_names_behind(cls), arguments.pop(name), strict=False))
                 object.__setattr__(self, "_spec_args", arguments)
             original(self, *args, **kwargs)
 
@@ -54,3 +54,15 @@ class HasSpec:
         """Return ``{class_path, init_args}`` in the form that jsonargparse instantiates."""
         cls = type(self)
         return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": to_plain(self._spec_args)}  # type: ignore[attr-defined]
+
+
+def _names_behind(cls: type) -> list[str]:
+    """Return what the parents of a class call the arguments that its ``__init__`` takes as ``*args`` and hands on."""
+    names: list[str] = []
+    for parent in cls.__mro__[1:]:
+        if "__init__" in parent.__dict__:
+            parameters = list(inspect.signature(parent.__init__).parameters.values())[1:]  # type: ignore[misc]
+            names += [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+            if not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+                break
+    return names

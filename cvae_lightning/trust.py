@@ -20,11 +20,24 @@ OWN = "cvae_lightning"
 def read_checkpoint(path: str | Path, map_location: Any = None) -> dict[str, Any]:
     """Return the content of a checkpoint: tensors and plain data.
 
+    Args:
+        path: the file.
+        map_location: as for ``torch.load``; None = the device that it was saved from, where there is such a one.
+
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is truncated, no checkpoint, or holds anything else.
     """
-    return read_plain(lambda: torch.load(path, map_location=map_location, weights_only=True), path)
+    where: Any = _where_it_was if map_location is None else map_location
+    return read_plain(lambda: torch.load(path, map_location=where, weights_only=True), path)
+
+
+def _where_it_was(storage: Any, location: str) -> Any:
+    """Put a storage, which is on the CPU, where it was when it was saved, if there is such a device."""
+    try:
+        return torch.serialization.default_restore_location(storage, location)
+    except RuntimeError:
+        return storage
 
 
 def read_plain(read: Callable[[], Any], path: str | Path) -> dict[str, Any]:

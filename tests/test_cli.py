@@ -101,6 +101,14 @@ def test_configs_and_options_apply_from_left_to_right(here, capsys):
     assert result["trainer"]["default_root_dir"] == "out"
 
 
+def test_a_class_alone_is_completed_by_a_later_file(here, capsys):
+    (here / "class.yaml").write_text("model: {class_path: cli_dummies.TinyModule}")
+    expected = losses(capsys, "--config", "base.yaml")
+    for words in (["--config", "class.yaml"], ["--model", "cli_dummies.TinyModule"]):
+        assert losses(capsys, *words, "--config", "base.yaml") == expected
+        assert losses(capsys, "--config", "base.yaml", *words) == expected
+
+
 def test_defaults_of_every_run(here, capsys):
     result = config(capsys, "--config", "base.yaml")
     assert result["seed_everything"] == 1

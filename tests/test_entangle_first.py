@@ -57,6 +57,18 @@ def test_missing_model_is_trained_once_on_the_same_data(here, capsys, monkeypatc
     assert not Path("calls.txt").exists()
 
 
+@pytest.mark.parametrize("own", [None, {"prompt": "Q: {x}", "stop": ["\n"]}])
+def test_a_recipe_that_draws_its_solutions_draws_them_in_its_own_way(here, own):
+    """The run's model is asked behind markers, which the one that the recipe starts from has never seen."""
+    recipe = yaml.safe_load(Path("base.yaml").read_text()) | {"data": {"init_args": {"self_generated": own}}}
+    Path("base.yaml").write_text(yaml.safe_dump(recipe))
+    drawn = {"num_solutions": 8, "prompt": None}
+    data = {"class_path": "D", "init_args": CONFIG["data"]["init_args"] | {"self_generated": drawn}}
+    train_entangled_first("base.yaml", CONFIG | {"data": data})
+    taken = yaml.safe_load(Path("runs/cvae/entangled_overrides.yaml").read_text())["data"]["init_args"]
+    assert taken == {"train_path": "mine.jsonl"} | ({} if own else {"self_generated": drawn})
+
+
 @pytest.mark.parametrize("entangled", ["gpt2", "runs/other", {"model_type": "llama"}])
 def test_a_model_that_the_user_names_is_left_alone(here, entangled):
     train_entangled_first("base.yaml", CONFIG | {"model": {"init_args": {"entangled": entangled}}})

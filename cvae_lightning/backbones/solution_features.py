@@ -16,6 +16,8 @@ from cvae_lightning.functional import latent_token_stats
 from cvae_lightning.template import PromptTemplate
 
 MAX_LAYERS = 8
+BUDGET = 2**30
+"""Bytes that the hidden states and attention weights of the records read at a time may take, of all layers."""
 SEGMENTS = 3
 """Parts of y, of equal length, that are averaged apart: procedures differ in their order."""
 PLACES = 24
@@ -41,7 +43,7 @@ def solution_features(
         lm: a causal LM.
         template: renders the z-free records.
         records: the ``Record``s; their x and y are read.
-        batch_size: records read at a time.
+        batch_size: most records read at a time; long ones in a large model are read in smaller numbers.
 
     Returns:
         [N, layers, 3 D] and [N, layers, D] of the hidden states, [N, 1, 3 F] and [N, 1, F] of the attention with
@@ -50,8 +52,9 @@ def solution_features(
     device = lm.get_input_embeddings().weight.device
     parts: dict[str, list[Tensor]] = {}
     with evaluating(lm), _readable_attention(lm) as readable:
-        for start in range(0, len(records), batch_size):
-            batch = template.collate(records[start : start + batch_size]).to(device)
+        size = min(batch_size, max(1, BUDGET // _bytes_of_a_row(lm, template, records, readable)))
+        for start in range(0, len(records), size):
+            batch = template.collate(records[start : start + size]).to(device)
             y_open = torch.full_like(batch.y_ids[:, :1], template.marker_ids["<y>"])
             ids = torch.cat([batch.prefix_ids, y_open, batch.y_ids], -1)
             mask = torch.cat([batch.prefix_mask, torch.ones_like(batch.y_mask[:, :1]), batch.y_mask], -1)
@@ -79,6 +82,14 @@ def solution_features(
             for name, view in views.items():
                 parts.setdefault(name, []).append(view.cpu())
     return {name: torch.cat(views) for name, views in parts.items()}
+
+
+def _bytes_of_a_row(lm: Any, template: PromptTemplate, records: Sequence[Any], readable: bool) -> int:
+    """Return what the longest of the records takes, with the attention of every pair of tokens where that is read."""
+    length = max(len(prefix) + 1 + len(y) for prefix, y in template.segments(records))
+    config, width = lm.config.get_text_config(), lm.get_input_embeddings().weight.shape[1]
+    looks = config.num_attention_heads * length if readable else 0
+    return 4 * config.num_hidden_layers * length * (width + looks)
 
 
 def _surprise_weights(lm: Any, hidden: Tensor, batch: Any) -> Tensor:

@@ -53,17 +53,20 @@ def draw_solutions(
     """
     if prompt is not None and not stop and not template.eos:
         raise ValueError("the tokenizer has no end of text, so that a solution behind a plain prompt needs a `stop`")
-    device, limit = next(lm.parameters()).device, _longest_record(lm, template)
-    ids, mask = template.prefixes(xs) if prompt is None else _plain_prompts(template, prompt, xs)
+    device, positions = next(lm.parameters()).device, positions_of(lm) or 2**31
+    limit = min(positions, template.max_length or 2**31)  # of a record
+    ids, mask = template.prefixes(xs)
     behind = template.section_length + len(template.eos)
     room = limit - mask.sum(-1) - behind  # for y and </y>
-    for x, left in zip(xs, room.tolist(), strict=True):
-        if left < 2 and template.on_overflow == "error":
-            raise ValueError(
-                f"the input that begins with {x[:40]!r} leaves no room for a solution in the {limit} tokens of a "
-                "record: shorten it, raise max_length, or set on_overflow=skip to leave such inputs out"
-            )
-    solvable = (room >= 2).nonzero()[:, 0].tolist()
+    readable = limit - behind + 1  # <y> is counted with what lies between x and y
+    _check_room(template, xs, room, "input", f"the {limit} tokens of a record: shorten it, raise max_length")
+    has_room = room >= 2
+    if prompt is not None:  # the records do not hold it
+        ids, mask = _plain_prompts(template, prompt, xs)
+        room, readable = positions - mask.sum(-1), positions
+        _check_room(template, xs, room, "plain prompt of the input", f"the model's {positions} positions: shorten it")
+        has_room &= room >= 2
+    solvable: list[int] = has_room.nonzero()[:, 0].tolist()
     if not solvable:
         return [None] * (len(xs) * num_solutions)
     width = int(mask[solvable].sum(-1).max())
@@ -86,7 +89,7 @@ def draw_solutions(
             mask,
             end,
             max_new_tokens,
-            limit - behind + (prompt is None),  # <y> is counted with what lies between x and y
+            readable,
             do_sample=True,
             temperature=temperature,
             generator=torch.Generator(device).manual_seed(seed),
@@ -108,8 +111,14 @@ def draw_solutions(
     return drawn
 
 
-def _longest_record(lm: Any, template: PromptTemplate) -> int:
-    return min(positions_of(lm) or 2**31, template.max_length or 2**31)
+def _check_room(template: PromptTemplate, xs: Sequence[str], room: Tensor, what: str, where: str) -> None:
+    """Raise if an input has no room [N], and the template does not say ``skip``."""
+    for x, left in zip(xs, room.tolist(), strict=True):
+        if left < 2 and template.on_overflow == "error":
+            raise ValueError(
+                f"the {what} that begins with {x[:40]!r} leaves no room for a solution in {where}, or set "
+                "on_overflow=skip to leave such inputs out"
+            )
 
 
 def _plain_prompts(template: PromptTemplate, prompt: str, xs: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -98,6 +98,8 @@ class CollapseAlarm(Callback):
         spread = (
             "raise the weight of the balance term"
             if balanced
+            else "give the AggregatePosteriorBalanceLoss no prior: with `ways` it is 0, as every way has one latent"
+            if _balances(pl_module)
             else "add an AggregatePosteriorBalanceLoss (weight 1 is a good start)"
         )
         exact = "a FreeEnergyLoss with posterior: exact and posterior_temperature: 0.3"
@@ -136,13 +138,18 @@ class CollapseAlarm(Callback):
 
 
 def _balance_weight(pl_module: Any) -> float:
-    """Return the total weight of the balance terms; by class name, because callbacks import no losses."""
-    losses = getattr(pl_module, "losses", None) or {}
-    return sum(
-        abs(float(loss.weight))
-        for loss in losses.values()
-        if any(base.__name__ == "AggregatePosteriorBalanceLoss" for base in type(loss).__mro__)
-    )
+    """Return the total weight of the balance terms that act: one of each way's latents does not where each has one."""
+    ways = getattr(pl_module, "seed_ways", None)
+    idle = ways is not None and len(ways.unique()) == len(ways)
+    losses = _balances(pl_module)
+    return sum(abs(float(loss.weight)) for loss in losses if not (idle and getattr(loss, "prior", None) == "ways"))
+
+
+def _balances(pl_module: Any) -> list[Any]:
+    """Return the balance terms; by class name, because callbacks import no losses."""
+    losses = (getattr(pl_module, "losses", None) or {}).values()
+    name = "AggregatePosteriorBalanceLoss"
+    return [loss for loss in losses if any(base.__name__ == name for base in type(loss).__mro__)]
 
 
 def _entropies(metrics: Mapping[str, Any], num_latents: int) -> str:

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from cvae_lightning.progress import steps_of_run
-from cvae_lightning.scheduled import SCHEDULED, set_scheduled
+from cvae_lightning.scheduled import set_scheduled
 
 Kind = Literal["constant", "linear", "cosine", "cyclic"]
 
@@ -145,12 +145,10 @@ class WeightSchedule(Callback):
         """Set the value that belongs to ``global_step``."""
         set_scheduled(pl_module, self.loss, self.attribute, self.value(trainer.global_step))
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note the value that training left, which the arguments of the module do not say."""
-        losses: Any = getattr(pl_module, "losses", {})
-        value = getattr(pl_module, str(self.attribute)) if self.loss is None else losses[self.loss].weight
-        noted = checkpoint.setdefault(SCHEDULED, [])
-        noted.append({"loss": self.loss, "attribute": self.attribute, "value": float(value)})
+    def scheduled(self, pl_module: Any) -> dict[str, Any]:
+        """Return the value that training left, which the arguments of the module do not say, for its checkpoint."""
+        value = getattr(pl_module, str(self.attribute)) if self.loss is None else pl_module.losses[self.loss].weight
+        return {"loss": self.loss, "attribute": self.attribute, "value": float(value)}
 
     @property
     def _target(self) -> str:

@@ -22,8 +22,9 @@ class LatentMoments(SumStatistics):
 
     `compute()` returns, [D] each, `posterior_mean_mean` and `posterior_mean_variance` (mean and variance over the
     records of E_q[z]), `posterior_variance` (mean of the posterior variances), `router_mean` and `router_variance` (the
-    moment-matched router marginal), and `active_units`, the number of dimensions with a `posterior_mean_variance` above
-    delta. With D = 1 all are [], as torchmetrics hands out single numbers; `by_dimension()` has them as [1].
+    moment-matched router marginal), and as numbers `active_units`, the dimensions with a `posterior_mean_variance`
+    above delta, and `count`, the records. With D = 1 all are [], as torchmetrics hands out single numbers;
+    `by_dimension()` has them as [1].
     Source: Burda et al. 2016, Section 5.2, arXiv 1509.00519 (active units).
 
     Args:
@@ -77,11 +78,13 @@ class LatentMoments(SumStatistics):
             "router_mean": router,
             "router_variance": (router_square - router.square()).clamp_min(0),
             "active_units": (moved > self.delta).sum(),
+            "count": self.count,
         }
 
     def by_dimension(self) -> dict[str, Tensor]:
         """Return what `compute()` returns, [D] also where D = 1."""
-        return {name: value if name == "active_units" else value.reshape(-1) for name, value in self.compute().items()}
+        numbers = ("active_units", "count")
+        return {name: value if name in numbers else value.reshape(-1) for name, value in self.compute().items()}
 
     def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes]:
         """Draw signal, noise and router variance per dimension."""
@@ -147,7 +150,7 @@ class ContinuousMetrics(EpochMetrics):
         """Return the epoch's metrics by log key, without stage, and start anew."""
         result, moments, errors = self.costs_and_scalars(c_base), self.moments.by_dimension(), self.errors.compute()
         # the records' errors are independent: variances add
-        records = self.moments.count
+        records = moments["count"]
         result["marginal_nll_standard_error"] = (errors["squared_error"] / records).sqrt() / errors["tokens"]
         result["diagnostics/active_units"] = moments["active_units"]
         result["diagnostics/active_units_delta"] = torch.tensor(self.moments.delta)

@@ -226,10 +226,17 @@ class EntangledLM(LanguageModule):
         self.validation_nll.reset()
 
     def on_fit_end(self) -> None:
-        """Measure the baseline on the validation split with the final weights and write the artifact."""
+        """Measure the baseline on the validation split with the final weights and write the artifact.
+
+        On the device of the training, which Lightning has taken the module away from by then.
+        """
         self.seconds = time.monotonic() - self._started
-        if not self._is_trial:
-            self.write_artifact(self.trainer.datamodule)  # type: ignore[attr-defined]
+        if self._is_trial:
+            return
+        left_on = self.device
+        self.to(self.trainer.strategy.root_device)
+        self.write_artifact(self.trainer.datamodule)  # type: ignore[attr-defined]
+        self.to(left_on)
 
     def on_validation_end(self) -> None:
         """Write the artifact where the model is only evaluated."""
@@ -257,6 +264,7 @@ class EntangledLM(LanguageModule):
             self.keep_gathered(True)
             lm, _ = rebuild_lm(describe_lm(self.lm, self.template.tokenizer))
             lm.load_state_dict(dict(self.lm.named_parameters(remove_duplicate=False)), strict=False)
+            lm.to(self.device)
         c_base, tokens = measure_baseline(self, lm, data.val_dataloader())
         baseline = Baseline(
             c_base, tokens, data.fingerprint("val"), self.template.fingerprint(), round(self.seconds, 1)
@@ -275,6 +283,11 @@ class EntangledLM(LanguageModule):
                 ``GenerationConfig``.
         """
         return self.generate_from(x, [()] * len(x), **options)
+
+    def predict_step(self, batch: PairBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Return one row per record: x, the greedy y, and its own solution as ``target``, None where it holds none."""
+        columns = zip(batch.index.tolist(), batch.x, self.generate(list(batch.x)), batch.y, strict=True)
+        return [{"index": i, "x": x, "y": y, "target": target or None} for i, x, y, target in columns]
 
 
 @torch.no_grad()

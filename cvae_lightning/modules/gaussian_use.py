@@ -16,7 +16,7 @@ from cvae_lightning.backbones.causal_lm import evaluating
 from cvae_lightning.backbones.conditioning import LatentNorms, LatentPrefix
 from cvae_lightning.backbones.generation import expansion
 from cvae_lightning.functional import gaussian_log_prob, gaussian_sample, importance_weighted_evidence
-from cvae_lightning.modules.text_use import TextUse, check_texts, latent_source, rounded
+from cvae_lightning.modules.text_use import TextUse, check_texts, latent_source, record_seeds, rounded
 from cvae_lightning.outputs import PairBatch
 from cvae_lightning.template import Text
 
@@ -117,9 +117,10 @@ class GaussianUse(TextUse):
         samples = self.num_eval_samples if num_samples is None else num_samples
         if samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {samples}")
-        rows, done = [torch.empty(0)], generator_seed
+        rows, done = [torch.empty(0)], 0
         for batch in self.text_batches(x, y, batch_size):
-            rows.append(self._evidence(batch, samples, range(done, done + len(batch)))["log_evidence"].cpu())
+            seeds = record_seeds(range(done, done + len(batch)), generator_seed)
+            rows.append(self._evidence(batch, samples, seeds)["log_evidence"].cpu())
             done += len(batch)
         return torch.cat(rows)
 
@@ -218,7 +219,7 @@ class GaussianUse(TextUse):
         known: dict[str, Tensor] = {}
         if any(batch.y):
             self.check_positions(batch)
-            known = self._evidence(batch, self.num_eval_samples, indices, z)
+            known = self._evidence(batch, self.num_eval_samples, record_seeds(indices), z)
         names = ("log_likelihood", "posterior_mean", "posterior_logvar", "log_evidence", "log_evidence_error")
         for n, (row, y) in enumerate(zip(rows, batch.y, strict=True)):
             row["target"] = y or None

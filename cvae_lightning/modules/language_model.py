@@ -29,7 +29,7 @@ from cvae_lightning.modules.base_weights import FORMAT, FORMAT_KEY, WEIGHTS, che
 from cvae_lightning.modules.generating import Generating
 from cvae_lightning.outputs import PairBatch
 from cvae_lightning.progress import steps_of_run
-from cvae_lightning.scheduled import restore_scheduled
+from cvae_lightning.scheduled import SCHEDULED, note_scheduled, restore_scheduled
 from cvae_lightning.spec import HasSpec, to_plain
 from cvae_lightning.trust import find_class, read_checkpoint, rebuild
 
@@ -127,7 +127,8 @@ class LanguageModule(HasSpec, Generating):
 
         Args:
             checkpoint_path: the file.
-            map_location: device, as for ``torch.load``; None = the device that it was saved from, where there is one.
+            map_location: device, as for ``torch.load``; None = the device that it was saved from, where there is such a
+                one, else the CPU.
             hparams_file: not read: a checkpoint remembers its own.
             strict: whether the weights must be exactly those of the model; None = True.
             weights_only: always True, whatever is given.
@@ -137,7 +138,7 @@ class LanguageModule(HasSpec, Generating):
             ValueError: if it is no checkpoint of this class, or names a class of a module that is not imported.
         """
         source = str(checkpoint_path)
-        stored = read_checkpoint(checkpoint_path, map_location or (None if torch.cuda.is_available() else "cpu"))
+        stored = read_checkpoint(checkpoint_path, map_location)
         remembered = stored.get(cls.CHECKPOINT_HYPER_PARAMS_KEY) or {}
         if not isinstance(remembered, dict) or not isinstance(stored.get("state_dict"), dict):
             raise ValueError(f"cannot read checkpoint {source}: expected hyper_parameters and state_dict as mappings")
@@ -150,7 +151,8 @@ class LanguageModule(HasSpec, Generating):
             model = target(**rebuild(own, source), **kwargs)
         except (TypeError, AttributeError, KeyError) as error:
             raise ValueError(f"{source} does not describe a {target.__name__}: {error}") from error
-        model.on_load_checkpoint(stored)
+        noted = [n for n in stored.get(SCHEDULED, ()) if (n["attribute"] or "losses") not in kwargs]
+        model.on_load_checkpoint({**stored, SCHEDULED: noted})
         model.load_state_dict(stored["state_dict"], strict=strict is not False)
         return model.to(next((value.device for value in stored["state_dict"].values()), "cpu"))
 
@@ -168,8 +170,10 @@ class LanguageModule(HasSpec, Generating):
         return arguments
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say in which format the checkpoint is."""
+        """Say in which format the checkpoint is, and what schedules have set."""
         checkpoint[FORMAT_KEY] = FORMAT
+        if self._trainer is not None:  # here, not in the callbacks: a checkpoint of weights alone does not ask them
+            checkpoint[SCHEDULED] = note_scheduled(self, self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of a later version; outside training, go on with what schedules had set."""

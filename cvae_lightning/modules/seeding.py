@@ -17,11 +17,13 @@ from cvae_lightning.backbones.generation import generate_within
 from cvae_lightning.backbones.solution_features import solution_features
 from cvae_lightning.modules.descent import descend
 from cvae_lightning.modules.evened import evened
+from cvae_lightning.modules.sharding import is_sharded
 from cvae_lightning.modules.solution_clusters import Clusters, cluster, combine, environments_of, spread
 from cvae_lightning.modules.text_use import batched
 from cvae_lightning.outputs import Record
 from cvae_lightning.progress import progress
 from cvae_lightning.spec import HasSpec
+from cvae_lightning.template import PromptTemplate
 
 if TYPE_CHECKING:
     from cvae_lightning.modules.discrete import SharedDiscreteCVAE
@@ -52,7 +54,8 @@ class LatentSeeding(HasSpec):
     the fixed-effects estimator (Mundlak 1978, doi 10.2307/1913646).
 
     Args:
-        num_inputs: training records whose inputs are solved, each input once.
+        num_inputs: training records whose inputs are solved, each input once. Where fewer than half of these differ, as
+            in a file that lists many solutions of an input in a row, further records give so many different inputs.
         num_solutions: solutions drawn for each of them, at least 2; a few times K.
         posterior_steps: optimizer steps of 64 solutions for the posterior network.
         hold_steps: training steps over which the seeds fade. Too few, and the exact posterior takes over where two
@@ -117,8 +120,15 @@ class LatentSeeding(HasSpec):
             [K] int64, how many solutions each latent stands for; None where there are no seeds.
 
         Raises:
-            ValueError: if the data module has no records to take inputs from, or the entangled model is not at hand.
+            ValueError: if the data module has no records to take inputs from, the entangled model is not at hand, or
+                the module is divided over the processes.
         """
+        if is_sharded(module):
+            raise ValueError(
+                "seeding teaches the posterior network on one process, which holds only a part of it under "
+                "ModelParallelStrategy: set model.seeding to null (and give an AggregatePosteriorBalanceLoss without a "
+                "prior), or go on with --ckpt_path from a checkpoint of a run in one process"
+            )
         if not hasattr(getattr(module.trainer, "datamodule", None), "records"):
             raise ValueError("seeding takes inputs from data.records('train'): give a data module that has records")
         if not module.has_reference:
@@ -147,8 +157,7 @@ class LatentSeeding(HasSpec):
             ValueError: if a record is longer than the model can read.
         """
         records: Sequence[Record] = module.trainer.datamodule.records("train")  # type: ignore[attr-defined]
-        every = (records[i] for i in range(len(records)))
-        given = list(islice((r for r in every if not module.template.overflows([r])[0]), self.num_inputs))
+        given = self.given(module.template, records)
         module.check_positions(module.template.collate(given))
         asked = list(dict.fromkeys(record.x for record in given))
         solutions = drawn = self.solve(module, asked, given)
@@ -185,6 +194,20 @@ class LatentSeeding(HasSpec):
             taught = {solution.x for solution in solutions}
             shares = self.read(module, [solution for solution in drawn if solution.x in taught])
         return shares.sum(0).round().long()
+
+    def given(self, template: PromptTemplate, records: Sequence[Record]) -> list[Record]:
+        """Return the records whose inputs are solved."""
+        every = (record for i in range(len(records)) if not template.overflows([record := records[i]])[0])
+        given = list(islice(every, self.num_inputs))
+        seen = {record.x for record in given}
+        if 2 * len(seen) < len(given):
+            for record in every:
+                if len(seen) == self.num_inputs:
+                    break
+                if record.x not in seen:
+                    seen.add(record.x)
+                    given.append(record)
+        return given
 
     def divide(self, module: SharedDiscreteCVAE, lm: Any, solutions: Sequence[Record]) -> Clusters | None:
         """Divide solutions, M of an input in a row, by what a causal LM does while it writes them."""

@@ -51,6 +51,7 @@ class Shardable(L.LightningModule):
             )
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+        self.to(mesh.device_type)  # Lightning does so later, and NCCL sends nothing that lies elsewhere
         for value in (*self.parameters(), *self.buffers()):
             dist.broadcast(value.data, 0)
         whole = {name for part in self.modules() for name in getattr(part, "_no_split_modules", None) or ()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -48,10 +48,16 @@ def latent_source(seed: int | None) -> torch.Generator | None:
 
     The seed itself belongs to the noise of the tokens: from one stream for both, y would follow z by chance alone.
     """
-    if seed is None:
-        return None
-    digest = hashlib.blake2b(f"z/{seed}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return None if seed is None else torch.Generator().manual_seed(_seed_of(f"z/{seed}"))
+
+
+def record_seeds(places: Iterable[int], seed: int = 0) -> list[int]:
+    """Return a seed for every record, of its place and a ``generator_seed``: no two of them have any in common."""
+    return [_seed_of(f"record/{seed}/{place}") for place in places]
+
+
+def _seed_of(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def check_texts(texts: Sequence[Text], name: str) -> None:

@@ -126,3 +126,20 @@ def test_the_model_is_read_without_dropout_and_left_as_it_was():
     assert all(part.training for part in lm.modules())
     views = solution_features(lm.bfloat16(), template, RECORDS)
     assert all(view.dtype == torch.float32 for view in views.values())
+
+
+def test_long_records_of_a_large_model_are_read_in_smaller_numbers(monkeypatch):
+    lm, template = tiny_lm()
+    expected, sizes = solution_features(lm, template, RECORDS), []
+    longest = max(len(prefix) + 1 + len(y) for prefix, y in template.segments(RECORDS))
+    config = lm.config
+    row = 4 * config.num_hidden_layers * longest * (config.hidden_size + config.num_attention_heads * longest)
+    collate = template.collate
+    monkeypatch.setattr(template, "collate", lambda records: sizes.append(len(records)) or collate(records))
+    for budget, most in ((1, 1), (2 * row, 2), (2 * row + row - 1, 2), (100 * row, len(RECORDS))):
+        monkeypatch.setattr("cvae_lightning.backbones.solution_features.BUDGET", budget)
+        sizes.clear()
+        found = solution_features(lm, template, RECORDS)
+        assert max(sizes) == most
+        for name, view in expected.items():
+            torch.testing.assert_close(found[name], view, rtol=1e-4, atol=1e-5)

@@ -82,6 +82,18 @@ def test_free_nats_and_targets_do_not_hide_a_prior_kl_of_zero(true, alarms):
         assert all("the posterior ignores y" in message for message in raised)
 
 
+@pytest.mark.parametrize(("ways", "acts"), [([0, 1, 2, 3], False), ([0, 0, 1, 1], True), ([0, 0, 0, 0], True)])
+def test_a_balance_of_the_latents_of_one_way_acts_where_a_way_has_several(ways, acts):
+    module = UsageModule({**HEALTHY, "kl_prior_loss": 1e-4, "diagnostics/latent_usage_perplexity": 1.9})
+    module.losses["balance"] = AggregatePosteriorBalanceLoss(1.0, prior="ways")
+    module.seed_ways = torch.tensor(ways)
+    found = messages(module)
+    assert len(found) == (1 if acts else 2)
+    assert all(
+        ("raise the weight of the balance term" if acts else "no prior: with `ways` it is 0") in m for m in found
+    )
+
+
 def test_equal_latents():
     (message,) = messages(UsageModule({**HEALTHY, "diagnostics/inter_latent_jsd/weighted_mean": 1e-5}))
     assert "every latent writes the same text" in message

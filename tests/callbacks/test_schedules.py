@@ -108,6 +108,32 @@ def test_what_a_schedule_left_is_what_is_evaluated_and_used(tmp_path):
     assert loaded.hparams["posterior_temperature"] == 0.5  # which an export takes over
 
 
+@pytest.mark.filterwarnings("ignore:.*fingerprint.*")
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_what_the_caller_gives_beats_what_a_schedule_left(tmp_path, weights_only, capfd):
+    path = tmp_path / "end.ckpt"
+    schedules = [
+        WeightSchedule("reconstruction_loss", kind="constant", begin=1, start=1.0, end=0.25),
+        WeightSchedule(attribute="posterior_temperature", kind="constant", begin=1, start=5.0, end=0.5),
+    ]
+    model = SharedDiscreteCVAE(
+        tiny_artifact(tmp_path / "artifact"), {"reconstruction_loss": ReconstructionLoss()}, num_latents=2
+    )
+    trainer = Trainer(**QUIET, max_steps=2, limit_val_batches=0, callbacks=schedules)
+    trainer.fit(model, TinyRecords(RECORDS[:4], batch_size=2))
+    trainer.save_checkpoint(path, weights_only=weights_only)
+
+    def loaded(**given):
+        found = SharedDiscreteCVAE.load_from_checkpoint(path, **given)
+        return found.posterior_temperature, found.losses["reconstruction_loss"].weight
+
+    assert loaded() == (0.5, 0.25)
+    said = "posterior_temperature is 0.5, where its schedule had left it; the model's arguments say 0.3"
+    assert said in capfd.readouterr().err
+    assert loaded(posterior_temperature=2.0) == (2.0, 0.25)
+    assert loaded(losses={"reconstruction_loss": ReconstructionLoss(3.0)}) == (0.5, 3.0)
+
+
 def test_what_the_optimizer_has_copied_cannot_be_scheduled(tmp_path):
     with pytest.raises(ValueError, match="the optimizer has a copy of 'learning_rate'"):
         fit(tmp_path, WeightSchedule(attribute="learning_rate"))

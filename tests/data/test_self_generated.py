@@ -19,7 +19,7 @@ from cvae_lightning.data.solution_parts import SolutionParts
 from cvae_lightning.data.tasks import SortingAlgorithms
 from cvae_lightning.losses import FreeEnergyLoss
 from cvae_lightning.modules import EntangledLM, SharedDiscreteCVAE
-from cvae_lightning.outputs import UNLABELLED
+from cvae_lightning.outputs import UNLABELLED, Record
 from cvae_lightning.template import PromptTemplate
 
 pytestmark = pytest.mark.filterwarnings(
@@ -160,6 +160,20 @@ def test_a_plain_prompt_is_continued_without_markers(spy):
     assert not any(";" in y or "=" in y for y in stopped if y)
     ended = draw_solutions(lm, template, ["1", "234"], 40, 30, 0, prompt="{x}=")
     assert any(y and ";" in y for y in ended)
+
+
+def test_a_plain_prompt_takes_no_room_of_the_record():
+    lm, template = tiny_lm()
+    options = {"prompt": "1+1=2;2+2=4;3+3=6;{x}=", "stop": (";", "=")}
+    short = PromptTemplate(template.tokenizer, template.num_latents, max_length=24)
+    free, limited = (draw_solutions(lm, t, ["1", "234"], 200, 20, 0, **options) for t in (template, short))
+    drawn = [Record(x, y or "") for x, y in zip(["1"] * 200 + ["234"] * 200, free, strict=True)]
+    lengths = [short.length(*segment) for segment in short.segments(drawn)]
+    assert limited == [y if n <= 24 else None for y, n in zip(free, lengths, strict=True)]
+    assert sum(y is not None for y in limited) > 50
+    message = r"the plain prompt of the input that begins with '234' leaves no room .* in the model's 64 positions"
+    with pytest.raises(ValueError, match=message):
+        draw_solutions(lm, short, ["234"], 2, 20, 0, prompt="1" * 70 + "{x}=", stop=(";",))
 
 
 def test_a_plain_prompt_needs_something_that_ends_it():

@@ -196,6 +196,29 @@ def test_where_every_way_has_one_latent_nothing_is_pulled():
     assert not gradient.any()
 
 
+class Unnamed(L.PriorKLLoss):
+    """Hands on what it is given."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
+class MoreUnnamed(Unnamed):
+    """Has an argument of its own."""
+
+    def __init__(self, scale, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.scale = scale
+
+
+def test_arguments_that_are_handed_on_are_remembered_by_name():
+    for loss in (Unnamed(0.3), Unnamed(weight=0.3)):
+        assert loss.spec()["init_args"] == {"weight": 0.3}
+    more = MoreUnnamed(2.0, 0.3, free_nats=0.1)
+    assert more.spec()["init_args"] == {"scale": 2.0, "weight": 0.3, "free_nats": 0.1}
+    assert MoreUnnamed(**more.spec()["init_args"]).weight == 0.3
+
+
 def test_a_loss_remembers_how_it_was_built():
     assert L.PriorKLLoss(0.3, free_nats=0.1).spec() == {
         "class_path": "cvae_lightning.losses.divergence.PriorKLLoss",

@@ -4,9 +4,10 @@ import pytest
 import torch
 from processes import run_in_processes
 
-from cvae_lightning.metrics.continuous import LatentMoments
+from cvae_lightning.metrics.continuous import ContinuousMetrics, LatentMoments
 from cvae_lightning.metrics.points import LatentPoints
 from cvae_lightning.metrics.probe import Clusters, cluster, linear_probe_accuracy
+from cvae_lightning.outputs import ContinuousOutputs, PairBatch
 
 
 def parts(n=7, d=3):
@@ -52,6 +53,28 @@ def test_two_processes_equal_one(tmp_path):
         torch.testing.assert_close(result["posterior_mean"], parts()[0])
         torch.testing.assert_close(result["router_mean"], parts()[2])
         assert result["index"].tolist() == list(range(7))
+
+
+def test_the_standard_error_of_two_processes_is_that_of_one(tmp_path):
+    def error(rows):
+        n, metrics = len(rows), ContinuousMetrics(2)
+        masks = torch.ones(n, 3, dtype=torch.bool)
+        outputs = ContinuousOutputs(
+            *torch.zeros(4, n, 2),
+            torch.ones(n, 4, 3),
+            masks,
+            log_evidence=-masks.sum(-1).float(),
+            log_evidence_error=0.1 * torch.tensor(rows),
+        )
+        batch = PairBatch(masks.long(), masks, masks.long(), masks, torch.arange(n), torch.zeros(n).long(), (), ())
+        metrics.update(outputs, batch, {"loss": torch.tensor(1.0)}, {})
+        return metrics.compute_and_reset(None)["marginal_nll_standard_error"]
+
+    rows = [1.0, 3.0, 2.0, 5.0, 4.0]
+    expected = 0.1 * sum(row**2 for row in rows) ** 0.5 / (3 * len(rows))
+    assert float(error(rows)) == pytest.approx(expected, rel=1e-5)
+    for found in run_in_processes(lambda rank: error((rows[:2], rows[2:])[rank]), tmp_path):
+        assert float(found) == pytest.approx(expected, rel=1e-5)
 
 
 def test_points_are_bounded_reset_and_empty():

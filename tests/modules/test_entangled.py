@@ -9,11 +9,12 @@ import lightning as L
 import pytest
 import torch
 from tiny import CONFIGS, QUIET, RECORDS, TinyData, tiny_artifact, tiny_lm, tiny_tokenizer
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cvae_lightning.backbones.artifact import Baseline
 from cvae_lightning.losses import FreeEnergyLoss, ReconstructionLoss
-from cvae_lightning.modules import EntangledLM, SharedDiscreteCVAE
+from cvae_lightning.modules import EntangledLM, SharedDiscreteCVAE, entangled
 from cvae_lightning.outputs import Record
 from cvae_lightning.template import PromptTemplate
 
@@ -156,6 +157,29 @@ def test_a_checkpoint_loads_without_the_model_that_it_started_from(tmp_path):
     assert again.generate(xs, max_new_tokens=5) == model.generate(xs, max_new_tokens=5)
     with pytest.raises(ValueError, match="cannot load a causal language model from"):
         EntangledLM.load_from_checkpoint(tmp_path / "model.ckpt", model=str(tmp_path / "base"))
+
+
+def test_the_model_is_measured_where_it_was_trained(tmp_path, monkeypatch):
+    """Lightning takes the module to the CPU before `on_fit_end`, where NCCL, for one, reduces nothing."""
+    model, run, seen = EntangledLM(str(tmp_path / "out"), config=CONFIGS["llama"]), trainer(), []
+    measure = entangled.measure_baseline
+    monkeypatch.setattr(EntangledLM, "to", lambda self, device: seen.append(str(device)))
+    monkeypatch.setattr(entangled, "measure_baseline", lambda *args: seen.append("measured") or measure(*args))
+    run.fit(model, TinyData())
+    assert run.strategy.root_device.type == "cpu"
+    seen.clear()
+    monkeypatch.setattr(type(run.strategy), "root_device", torch.device("cuda", 1))
+    model.on_fit_end()
+    assert seen == ["cuda:1", "measured", "cpu"]
+
+
+def test_predictions_are_what_it_writes(tmp_path):
+    model = EntangledLM(str(tmp_path / "out"), model=tiny_artifact(tmp_path / "start"))
+    records = [*RECORDS, Record("7", "")]
+    (rows,) = trainer().predict(model, DataLoader(records, batch_size=9, collate_fn=model.template.collate))
+    assert [row["y"] for row in rows] == model.generate([record.x for record in records])
+    for row, record in zip(rows, records, strict=True):
+        assert row == {"index": record.index, "x": record.x, "y": row["y"], "target": record.y or None}
 
 
 def test_what_cannot_be_measured_is_said_before_training(tmp_path):

@@ -11,6 +11,7 @@ from cvae_lightning.backbones.causal_lm import build_causal_lm
 from cvae_lightning.losses import ReconstructionLoss
 from cvae_lightning.outputs import Record
 from cvae_lightning.template import PromptTemplate
+from cvae_lightning.trust import read_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,18 @@ def test_a_gap_moves_only_the_positions_of_y(model):
             torch.testing.assert_close(found[i, : len(y)], expected, atol=1e-5, rtol=1e-5)
     none = model.free_token_nll(model.reference(), t.collate(RECORDS))
     assert not torch.allclose(none[4], found[4])
+
+
+def test_a_checkpoint_of_a_device_that_is_not_here_is_read_on_the_cpu(model, tmp_path, monkeypatch):
+    stored = {"state_dict": model.state_dict()}
+    with monkeypatch.context() as saving:
+        saving.setattr(torch.serialization, "location_tag", lambda storage: "cuda:1")
+        torch.save(stored, tmp_path / "cuda.ckpt")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    found = read_checkpoint(tmp_path / "cuda.ckpt")["state_dict"]
+    assert {value.device.type for value in found.values()} == {"cpu"}
+    assert all(torch.equal(value, found[name]) for name, value in model.state_dict().items())
 
 
 def test_what_is_saved_knows_the_longest_solution_seen(tmp_path):

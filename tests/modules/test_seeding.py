@@ -308,6 +308,26 @@ def test_an_input_is_solved_once_and_no_more_than_asked_for(artifact):
     assert len(model.seeding.points) == 3 * 6
 
 
+def test_many_solutions_of_an_input_in_a_row_do_not_take_the_place_of_inputs(artifact):
+    model, xs = build(artifact, small(num_inputs=40)), [str(x) for x in range(10, 60)]
+    rows = [Record(x, f"{n}=9") for x in xs for n in range(8)]
+    found = list(dict.fromkeys(r.x for r in model.seeding.given(model.template, rows)))
+    assert found == xs[:40]
+    few = rows[:80]  # ten inputs are all there is
+    assert list(dict.fromkeys(r.x for r in model.seeding.given(model.template, few))) == xs[:10]
+    once_or_twice = [Record(x, "1") for x in [*xs[:30], *xs]]
+    assert [r.x for r in model.seeding.given(model.template, once_or_twice)] == [*xs[:30], *xs[:10]]
+
+
+def test_a_divided_model_is_not_seeded(artifact, monkeypatch):
+    model = build(artifact, small())
+    monkeypatch.setattr("cvae_lightning.modules.seeding.is_sharded", lambda module: True)
+    with pytest.raises(
+        ValueError, match=r"ModelParallelStrategy: set model.seeding to null .* or go on with --ckpt_path"
+    ):
+        start(model, RECORDS)
+
+
 # The first steps.
 
 

@@ -179,6 +179,14 @@ def test_the_evidence_of_a_gaussian_latent_is_that_of_a_numerical_integral(artif
         model.log_evidence(XS, YS, num_samples=0)
 
 
+def test_neighbouring_seeds_of_the_evidence_have_no_sample_in_common(artifact):
+    model = build(artifact, cls=ContinuousCVAE, latent_dim=2, num_eval_samples=2)
+    same = ([XS[0]] * 4, [YS[0]] * 4)
+    found = torch.stack([model.log_evidence(*same, generator_seed=seed) for seed in range(3)])
+    gaps = (found.flatten()[:, None] - found.flatten()).abs()
+    assert gaps[~torch.eye(12, dtype=torch.bool)].min() > 1e-6
+
+
 def test_batches_do_not_change_a_gaussian_posterior(artifact):
     model = build(artifact, cls=ContinuousCVAE, latent_dim=2)
     for whole, parts in zip(model.infer(XS, YS), model.infer(XS, YS, batch_size=2), strict=True):
