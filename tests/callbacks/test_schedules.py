@@ -110,7 +110,7 @@ def test_what_a_schedule_left_is_what_is_evaluated_and_used(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*fingerprint.*")
 @pytest.mark.parametrize("weights_only", [False, True])
-def test_what_the_caller_gives_beats_what_a_schedule_left(tmp_path, weights_only, capfd):
+def test_what_the_caller_gives_beats_what_a_schedule_left(tmp_path, weights_only, caplog):
     path = tmp_path / "end.ckpt"
     schedules = [
         WeightSchedule("reconstruction_loss", kind="constant", begin=1, start=1.0, end=0.25),
@@ -129,7 +129,7 @@ def test_what_the_caller_gives_beats_what_a_schedule_left(tmp_path, weights_only
 
     assert loaded() == (0.5, 0.25)
     said = "posterior_temperature is 0.5, where its schedule had left it; the model's arguments say 0.3"
-    assert said in capfd.readouterr().err
+    assert said in caplog.text
     assert loaded(posterior_temperature=2.0) == (2.0, 0.25)
     assert loaded(losses={"reconstruction_loss": ReconstructionLoss(3.0)}) == (0.5, 3.0)
 
