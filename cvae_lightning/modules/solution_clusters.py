@@ -112,11 +112,11 @@ def cluster(
         [Folds(points, np.repeat(groups, group)) for points in components.values()]
         for groups in environments or [np.arange(size) % GROUPS]
     ]
-    value, view, labels = search(components, folds, count, group, seed, bar)
+    value, view, labels = candidates(components, folds, count, group, seed, bar)[0]
     ways = np.arange(count)
     if (found := fewer(folds, labels, value, count, group)) is not None:
         value, few = found
-        _, other, direct = search(components, folds, int(few.max()) + 1, group, seed, bar)
+        _, other, direct = candidates(components, folds, int(few.max()) + 1, group, seed, bar)[0]
         if (told := tells(folds, direct, count, group)) > value:
             value, view, few = told, other, direct
         labels, ways = divide(components[view], few, count, seed)
@@ -124,15 +124,15 @@ def cluster(
     return Clusters(torch.from_numpy(labels), torch.from_numpy(ways), drawn, value, view)
 
 
-def search(
+def candidates(
     components: Mapping[str, Floats],
     folds: Sequence[Sequence[Folds]],
     count: int,
     group: int,
     seed: int,
     bar: bool,
-) -> tuple[float, str, Labels]:
-    """Return the best division into K clusters: what it tells, the view that showed it, and its labels (see `cluster`).
+) -> list[tuple[float, str, Labels]]:
+    """Return divisions into K clusters: what each tells, the view that showed it, and its labels (see `cluster`).
 
     Args:
         components: principal components of the views.
@@ -159,7 +159,7 @@ def search(
             found.append((information(labels, group) - in_all_views(folds[0], labels, count), view, labels))
     found.sort(key=lambda division: -division[0])
     judged = [(tells(folds, labels, count, group), view, labels) for _, view, labels in found[:SHORTLIST]]
-    return max(judged, key=lambda division: division[0])
+    return sorted(judged, key=lambda division: -division[0])  # the best one first
 
 
 def fewer(

@@ -1,15 +1,18 @@
 """Why an entangled model's solutions are divided by strategy, or are not: what the seeding sees of them, and prefers.
 
-A linear probe with labels says how well what is clustered shows the strategy at all. Then the division that the seeding
-finds and the true one are judged as the seeding does, without labels: what each tells about y given x, less the length
-of its code. A wrong solution has no strategy; in the true division it has the one that the probe gives it.
+A linear probe with labels says how well what is clustered shows the strategy at all. Then the true division and those
+that the seeding finds are judged as it does, without labels: what each tells about y given x, less the length of its
+code. *Right* is of the solutions that one strategy alone writes. A wrong solution has no strategy; in the true division
+it has the one that the probe gives it.
 
     python tests/benchmarks/seeding_probe.py .../grid_pathfinding/entangled/model grid_pathfinding
+    ... --inputs 1024 --different    (of as many different inputs, as self-generated data have them)
 """
 
 from __future__ import annotations
 
 import argparse
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,7 +25,7 @@ from cvae_lightning.data import SyntheticDataModule, tasks
 from cvae_lightning.losses import FreeEnergyLoss, PosteriorDistillationLoss
 from cvae_lightning.metrics.matching import clustering_scores
 from cvae_lightning.modules.seeding import LatentSeeding, solved_differently
-from cvae_lightning.modules.solution_clusters import combine, environments_of, principal
+from cvae_lightning.modules.solution_clusters import candidates, combine, environments_of, principal
 from cvae_lightning.modules.solution_divisions import Folds, in_all_views, information
 
 
@@ -31,8 +34,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of an entangled model")
     parser.add_argument("task", help="by its name, as grid_pathfinding")
-    parser.add_argument("--inputs", type=int, default=512)
+    parser.add_argument("--inputs", type=int, default=512, help="records whose inputs are solved")
+    parser.add_argument("--first", type=int, default=0, help="the first of these records")
+    parser.add_argument("--different", action="store_true", help="leave out records whose input was there before")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--shown", type=int, default=6, help="of the divisions found, the one chosen first")
     given = parser.parse_args()
     task = getattr(tasks, given.task.title().replace("_", ""))()
     count, seeding = len(task.strategies), LatentSeeding(num_inputs=given.inputs, seed=given.seed)
@@ -40,7 +46,11 @@ def main() -> None:
     module = SharedDiscreteCVAE(given.model, objective, num_latents=count, seeding=seeding)
     module._trainer = SimpleNamespace(is_global_zero=True, progress_bar_callback=None)
     data = SyntheticDataModule(task=task, train_size=200000, val_size=512, test_size=512).records("train")
-    records = [data[i] for i in range(given.inputs)]
+    every = (data[i] for i in range(given.first, len(data)))
+    if given.different:
+        seen: set[str] = set()
+        every = (r for r in every if not (r.x in seen or seen.add(r.x)))
+    records = list(islice(every, given.inputs))
     drawn = seeding.solve(module, list(dict.fromkeys(r.x for r in records)), records)
     solutions = solved_differently(drawn)
     writers = [task.compatible_strategies(s.x, s.y) for s in solutions]
@@ -61,23 +71,22 @@ def main() -> None:
         print(f"strategy by a linear probe of {name}, held-out inputs: {probe.score(scaled[tests], own[tests]):.3f}")
         true = np.where(own >= 0, own, probe.predict(scaled))  # of the last view, which is all of them
 
-    found = seeding.divide(module, module.reference(), solutions).labels.numpy()
-    table = np.zeros((count, count), dtype=int)
-    np.add.at(table, (found[own >= 0], own[own >= 0]), 1)
-    print(f"clusters right, of the solutions of one strategy: {clustering_scores(table)['one_to_one']:.3f}\n")
-
     template, xs = module.template, list(dict.fromkeys(s.x for s in solutions))
     tokens = [ids[mask].tolist() for ids, mask in zip(*template.prefixes(xs), strict=True)]
     places = [np.repeat(groups, group) for groups in environments_of(seeding.of_inputs(features), tokens, given.seed)]
     folds = [[Folds(points, groups) for points in components.values()] for groups in places]
+    found = [labels for _, _, labels in candidates(components, folds, count, group, given.seed, True)]
+    print()
     heads = [*components, "all of them together, worst environment"]
-    print("| division | entropy given x |", " | ".join(f"code, {head}" for head in heads), "| tells |")
-    print("|---|" + "---:|" * (len(heads) + 2))
-    for name, labels in (("found", found), ("true", true)):
+    print("| division | right | entropy given x |", " | ".join(f"code, {head}" for head in heads), "| tells |")
+    print("|---|" + "---:|" * (len(heads) + 3))
+    for number, labels in enumerate([true, *found[: given.shown]]):
+        table = np.zeros((count, count), dtype=int)
+        np.add.at(table, (labels[own >= 0], own[own >= 0]), 1)
         codes = [max(in_all_views([fold[i]], labels, count) for fold in folds) for i in range(len(components))]
-        worst = max(in_all_views(fold, labels, count) for fold in folds)
-        entropy = information(labels, group)
-        print("|", " | ".join([name, *(f"{v:.3f}" for v in (entropy, *codes, worst, entropy - worst))]), "|")
+        worst, entropy = max(in_all_views(fold, labels, count) for fold in folds), information(labels, group)
+        figures = (clustering_scores(table)["one_to_one"], entropy, *codes, worst, entropy - worst)
+        print("|", " | ".join([f"found, {number}" if number else "true", *(f"{v:.3f}" for v in figures)]), "|")
 
 
 if __name__ == "__main__":

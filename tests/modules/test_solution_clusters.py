@@ -74,13 +74,13 @@ def test_what_is_divided_again_is_the_division_that_tells_more(monkeypatch, anew
     features, truth = planted()
     searched = []
 
-    def search(components, folds, count, group, seed, bar):
+    def searching(components, folds, count, group, seed, bar):
         searched.append(count)
         labels = truth.numpy() if len(searched) == 2 else np.arange(len(truth)) % count
-        return 0.0, "hidden", labels
+        return [(0.0, "hidden", labels)]
 
     merged = np.arange(len(truth)) % K
-    monkeypatch.setattr(solution_clusters, "search", search)
+    monkeypatch.setattr(solution_clusters, "candidates", searching)
     monkeypatch.setattr(solution_clusters, "fewer", lambda *args: (1.0, merged))
     monkeypatch.setattr(solution_clusters, "tells", lambda *args: anew)
     found = cluster({"hidden": centred(features)}, K + 1, 9, seed=0)
