@@ -29,7 +29,7 @@ def set_scheduled(module: nn.Module, loss: str | None, attribute: str | None, va
 
 def note_scheduled(module: Any, callbacks: Iterable[Any]) -> list[dict[str, Any]]:
     """Return the values that these callbacks have set on the module, of those that set one."""
-    return [callback.scheduled(module) for callback in callbacks if hasattr(callback, "scheduled")]
+    return [callback.scheduled_value(module) for callback in callbacks if hasattr(callback, "scheduled_value")]
 
 
 def restore_scheduled(module: Any, checkpoint: Mapping[str, Any]) -> None:

@@ -88,8 +88,8 @@ def _bytes_of_a_row(lm: Any, template: PromptTemplate, records: Sequence[Any], r
     """Return what the longest of the records takes, with the attention of every pair of tokens where that is read."""
     length = max(len(prefix) + 1 + len(y) for prefix, y in template.segments(records))
     config, width = lm.config.get_text_config(), lm.get_input_embeddings().weight.shape[1]
-    looks = config.num_attention_heads * length if readable else 0
-    return 4 * config.num_hidden_layers * length * (width + looks)
+    looks = getattr(config, "num_attention_heads", 1) * length if readable else 0
+    return 4 * getattr(config, "num_hidden_layers", 1) * length * (width + looks)
 
 
 def _surprise_weights(lm: Any, hidden: Tensor, batch: Any) -> Tensor:

@@ -145,7 +145,7 @@ class WeightSchedule(Callback):
         """Set the value that belongs to ``global_step``."""
         set_scheduled(pl_module, self.loss, self.attribute, self.value(trainer.global_step))
 
-    def scheduled(self, pl_module: Any) -> dict[str, Any]:
+    def scheduled_value(self, pl_module: Any) -> dict[str, Any]:
         """Return the value that training left, which the arguments of the module do not say, for its checkpoint."""
         value = getattr(pl_module, str(self.attribute)) if self.loss is None else pl_module.losses[self.loss].weight
         return {"loss": self.loss, "attribute": self.attribute, "value": float(value)}

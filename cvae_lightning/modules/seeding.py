@@ -197,14 +197,18 @@ class LatentSeeding(HasSpec):
 
     def given(self, template: PromptTemplate, records: Sequence[Record]) -> list[Record]:
         """Return the records whose inputs are solved."""
-        every = (record for i in range(len(records)) if not template.overflows([record := records[i]])[0])
-        given = list(islice(every, self.num_inputs))
+
+        def fits(record: Record) -> bool:
+            return not template.overflows([record])[0]
+
+        every = (records[i] for i in range(len(records)))
+        given = list(islice(filter(fits, every), self.num_inputs))
         seen = {record.x for record in given}
         if 2 * len(seen) < len(given):
             for record in every:
                 if len(seen) == self.num_inputs:
                     break
-                if record.x not in seen:
+                if record.x not in seen and fits(record):
                     seen.add(record.x)
                     given.append(record)
         return given
