@@ -1,7 +1,7 @@
 """Checkpoints of format 1, as version 0.1.0 wrote them before there was a format number: they load, and say the same.
 
-Four steps each of a tiny model, `stored/*.ckpt`; what it said then is in `stored/expected.json`. The evidence of Gaussian
-latents there is of today's noise: when records got other seeds, it was first found equal with those of then.
+Four steps each of a tiny model, `stored/*.ckpt`; what it said then is in `stored/expected.json`. The evidence of
+Gaussian latents there is of today's noise: when records got other seeds, it was first found equal with those of then.
 """
 
 import json
