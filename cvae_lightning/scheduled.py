@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 SCHEDULED = "scheduled"
@@ -32,23 +31,28 @@ def note_scheduled(module: Any, callbacks: Iterable[Any]) -> list[dict[str, Any]
     return [callback.scheduled_value(module) for callback in callbacks if hasattr(callback, "scheduled_value")]
 
 
-def restore_scheduled(module: Any, checkpoint: Mapping[str, Any]) -> None:
-    """Set what schedules had set when the checkpoint was saved; what the module does not have is left out."""
+def restore_scheduled(module: Any, checkpoint: Mapping[str, Any]) -> list[str]:
+    """Set what schedules had set when the checkpoint was saved; what the module does not have is left out.
+
+    Returns:
+        What is now another value than the module's arguments say, one text each.
+    """
+    said = []
     for noted in checkpoint.get(SCHEDULED, ()):
         loss, attribute, value = noted["loss"], noted["attribute"], float(noted["value"])
         if loss is not None:
             if loss in getattr(module, "losses", {}):
-                _say(f"the weight of loss {loss!r}", module.losses[loss].weight, value)
+                said += _differs(f"the weight of loss {loss!r}", module.losses[loss].weight, value)
                 set_scheduled(module, loss, None, value)
         elif isinstance(getattr(module, attribute, None), int | float | Tensor):
-            _say(attribute, getattr(module, attribute), value)
+            said += _differs(attribute, getattr(module, attribute), value)
             set_scheduled(module, None, attribute, value)
             if attribute in module.hparams:  # what an export says of it
                 module.hparams[attribute] = value
+    return said
 
 
-def _say(what: str, argument: Any, value: float) -> None:
-    if abs(float(argument) - value) > 1e-9:
-        rank_zero_info(
-            f"{what} is {value:.6g}, where its schedule had left it; the model's arguments say {argument:.6g}"
-        )
+def _differs(what: str, argument: Any, value: float) -> list[str]:
+    if abs(float(argument) - value) < 1e-9:
+        return []
+    return [f"{what} is {value:.6g}, where its schedule had left it; the model's arguments say {argument:.6g}"]

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -179,7 +180,8 @@ class LanguageModule(HasSpec, Generating):
         """Refuse a checkpoint of a later version; outside training, go on with what schedules had set."""
         check_format(checkpoint, "the checkpoint")
         if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
-            restore_scheduled(self, checkpoint)
+            for said in restore_scheduled(self, checkpoint):
+                rank_zero_info(said)
         self.from_checkpoint = True
 
     @property

@@ -26,6 +26,8 @@ FRESH = 10.0
 """Seconds that may pass between a trial's being asked for, each claim of its cells, and its being told."""
 FAILURES = 3
 """Trials that fail one after the other before a process gives up."""
+IMPOSSIBLE = 50
+"""Trials whose options do not fit one another, one after the other, before it does."""
 Params = Mapping[str, Any]
 
 
@@ -160,8 +162,8 @@ class Search:
 
         threads = self.benchmark.threads
         models = [cell for cell in self.base if cell.seed is None]
-        failures, waits = 0, False
-        while failures < FAILURES:
+        failures, impossible, waits = 0, 0, False
+        while failures < FAILURES and impossible < IMPOSSIBLE:
             self._revive(study)
             states = Counter(trial.state for trial in study.get_trials(deepcopy=False))
             ended = states[TrialState.COMPLETE] + states[TrialState.PRUNED]
@@ -182,9 +184,10 @@ class Search:
             if obstacle := self.obstacle(trial.params):
                 study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
                 print(f"trial {trial.number}: failed: {obstacle}", flush=True)
-                failures += 1
+                impossible += 1
                 finished()
                 continue
+            impossible = 0
             cells = self.cells([trial.params])
             pruning = Pruning(trial, self.settings.keys) if self.settings.prune else None
             for cell in cells:
@@ -194,7 +197,8 @@ class Search:
                 return code  # the trial stays open, and is asked for again by the next call
             failures = 0 if self._tell(study, trial, cells, pruning) else failures + 1
             finished()
-        print(f"stopped: {failures} trials failed one after the other; see their errors above", flush=True)
+        said = f"{failures} trials failed" if failures == FAILURES else f"{impossible} trials could not be run"
+        print(f"stopped: {said} one after the other; see their errors above", flush=True)
         return 1
 
     def _train(self, models: Sequence[Cell], jobs: int) -> int:

@@ -145,6 +145,22 @@ def test_options_that_do_not_fit_one_another_fail_their_trial_alone(folder):
     assert trials(folder) == rows
 
 
+def test_where_no_options_fit_one_another_it_ends(folder):
+    space = {"model.seeding": {"choices": [None]}, "model.seeding.init_args.hold_steps": {"low": 1, "high": 10_000}}
+    folder.write({**CONFIG, "space": space})
+    assert "which has no init_args" in folder.run(code=1)  # before anything is tried
+    space["model.seeding"] = {"choices": [{"class_path": "cvae_lightning.modules.LatentSeeding"}, None]}
+    folder.write({**CONFIG, "space": space})
+    search = Search(load_sweep(folder.path / "bench.yaml"), smoke=False)
+    search.root = folder.path / "out"
+    study = search.open_study()
+    for steps in range(1, 51):
+        study.enqueue_trial({"model.seeding": "null", "model.seeding.init_args.hold_steps": steps})
+    out = folder.run(code=1)
+    assert "stopped: 50 trials could not be run one after the other; see their errors above" in out
+    assert [*fits(folder.calls())] == ["entangled"]
+
+
 def test_the_recipes_own_entangled_model_is_trained_once_for_all_trials(folder):
     recipe = CONFIG["recipes"]["ours"] | {"entangled": {"options": {"trainer.max_steps": 1000}}}
     folder.write({**CONFIG, "recipes": {"ours": recipe}})
