@@ -94,12 +94,13 @@ class CollapseAlarm(Callback):
         if math.isnan(kl):
             kl = logged(metrics, "val/kl_prior_loss")
         jsd = logged(metrics, "val/diagnostics/inter_latent_jsd/weighted_mean")
-        balanced = _balance_weight(pl_module) > 0
+        acting, idle = _balances(pl_module)
+        balanced = any(loss.weight != 0 for loss in acting)
         spread = (
             "raise the weight of the balance term"
             if balanced
             else "give the AggregatePosteriorBalanceLoss no prior: with `ways` it is 0, as every way has one latent"
-            if _balances(pl_module)
+            if idle
             else "add an AggregatePosteriorBalanceLoss (weight 1 is a good start)"
         )
         exact = "a FreeEnergyLoss with posterior: exact and posterior_temperature: 0.3"
@@ -137,19 +138,17 @@ class CollapseAlarm(Callback):
         return found
 
 
-def _balance_weight(pl_module: Any) -> float:
-    """Return the total weight of the balance terms that act: one of each way's latents does not where each has one."""
-    ways = getattr(pl_module, "seed_ways", None)
-    idle = ways is not None and len(ways.unique()) == len(ways)
-    losses = _balances(pl_module)
-    return sum(abs(float(loss.weight)) for loss in losses if not (idle and getattr(loss, "prior", None) == "ways"))
+def _balances(pl_module: Any) -> tuple[list[Any], list[Any]]:
+    """Return the balance terms that can act, and those of each way's latents that are 0 as every way has one latent.
 
-
-def _balances(pl_module: Any) -> list[Any]:
-    """Return the balance terms; by class name, because callbacks import no losses."""
+    By class name, because callbacks import no losses.
+    """
     losses = (getattr(pl_module, "losses", None) or {}).values()
-    name = "AggregatePosteriorBalanceLoss"
-    return [loss for loss in losses if any(base.__name__ == name for base in type(loss).__mro__)]
+    name, ways = "AggregatePosteriorBalanceLoss", getattr(pl_module, "seed_ways", None)
+    found = [loss for loss in losses if any(base.__name__ == name for base in type(loss).__mro__)]
+    single = ways is not None and len(ways.unique()) == len(ways)
+    idle = [loss for loss in found if single and getattr(loss, "prior", None) == "ways"]
+    return [loss for loss in found if loss not in idle], idle
 
 
 def _entropies(metrics: Mapping[str, Any], num_latents: int) -> str:

@@ -71,6 +71,7 @@ def test_zero_prior_kl_matters_only_while_no_balance_acts(weight, alarms):
     assert len(raised) == alarms
     for message in raised:
         assert "the posterior ignores y (posterior entropy 0.10, router entropy 1.30 of at most 1.39 nats)" in message
+        assert "add an AggregatePosteriorBalanceLoss (weight 1 is a good start)" in message
 
 
 @pytest.mark.parametrize(("true", "alarms"), [(0.001, 1), (0.5, 0)])
