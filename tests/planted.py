@@ -33,6 +33,24 @@ def swapping():
     return (points @ axes).double().numpy(), kind.numpy(), truth.numpy(), swapped.numpy()
 
 
+def swapped_on_one_side():
+    """Points, groups of the inputs, two ways of solving, and labels that swap them in the second and fourth group.
+
+    What shows the labels has a place of its own in either part of the groups: it can be learned from any group of that
+    part, and not from the other part. The ways show in one place everywhere.
+    """
+    torch.manual_seed(3)
+    groups = torch.arange(100) % 5
+    among = (groups % 2 == 1).repeat_interleave(8)
+    truth = torch.arange(8).repeat(100) % 2
+    swapped = torch.where(among, 1 - truth, truth)
+    sign = 2.0 * torch.stack([truth, swapped, swapped], -1) - 1
+    sign[:, 1] *= ~among
+    sign[:, 2] *= among
+    points = sign + 0.3 * torch.randn(800, 3)
+    return points.double().numpy(), groups.numpy(), truth.numpy(), swapped.numpy()
+
+
 def unlike_kinds():
     """Features whose ways look different from one kind of input to the next, the kinds, and the ways."""
     features, truth = planted(inputs=64)

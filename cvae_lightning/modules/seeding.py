@@ -18,7 +18,7 @@ from cvae_lightning.backbones.solution_features import solution_features
 from cvae_lightning.modules.descent import descend
 from cvae_lightning.modules.evened import evened
 from cvae_lightning.modules.sharding import is_sharded
-from cvae_lightning.modules.solution_clusters import Clusters, cluster, combine, environments_of, spread
+from cvae_lightning.modules.solution_clusters import Clusters, cluster, combine, environments_of, sides_of, spread
 from cvae_lightning.modules.text_use import batched
 from cvae_lightning.outputs import Record
 from cvae_lightning.progress import progress
@@ -222,8 +222,9 @@ class LatentSeeding(HasSpec):
         centred = {name: self.centre(view) for name, view in features.items()}
         tokens = [ids[mask].tolist() for ids, mask in zip(*module.template.prefixes(xs), strict=True)]
         places = environments_of(self.of_inputs(features), tokens, self.run_seed)
+        sides = sides_of(places[1:], self.run_seed)  # by a token; those by features may have nothing in common
         count, group, bar = module.num_latents, self.num_solutions, module.shows_progress
-        return cluster(combine(centred), count, group, self.run_seed, places, bar=bar)
+        return cluster(combine(centred), count, group, self.run_seed, places, sides, bar)
 
     def centre(self, features: Tensor) -> Tensor:
         """Return features [N * M, layers, D] less their mean over the M solutions of an input, [N * M, layers * D].

@@ -6,7 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from cvae_lightning.modules.solution_divisions import (
     Floats,
     Folds,
     Labels,
+    holds,
     in_all_views,
     information,
     merge,
@@ -37,6 +38,10 @@ GROUPS = 8
 """Groups of inputs that are like each other, by what the model makes of them."""
 PLACES = 8
 """Tokens from either end of x by which inputs are grouped."""
+SIDES = 16
+"""Ways to put the groups of inputs to two sides, of each grouping."""
+CLOSE = 0.97
+"""Share of what the best division tells from which on another one tells about as much."""
 FEWER = 0.95
 """Share of what a division tells that one into fewer clusters has to tell to take its place."""
 
@@ -77,6 +82,7 @@ def cluster(
     group: int,
     seed: int,
     environments: Sequence[Labels] = (),
+    sides: Sequence[Labels] = (),
     bar: bool = True,
 ) -> Clusters | None:
     """Return the division of centred points that tells most, and most simply, about the solution of an input.
@@ -87,7 +93,8 @@ def cluster(
     or by what only some inputs have. But noise divides every input evenly, and so does a division that swaps two ways
     of solving for some of the inputs. A way of solving shows in every view, as noise does not: the code lengths in the
     views count by their geometric mean. And it is the same one for unlike inputs: it is the code length of the worst
-    environment that counts, where each group of inputs is judged by all others (see :func:`code_length`).
+    environment that counts, where each group of inputs is judged by all others (see :func:`code_length`). Between
+    divisions that tell about the same decides what holds from one half of the inputs to the other (see :func:`decide`).
 
     K may be larger than the number of ways of solving. Clusters are merged as long as hardly anything is lost that way
     (see :func:`fewer`); so many ways there are. Those that are left, or the best division into so many clusters where
@@ -99,6 +106,7 @@ def cluster(
         group: M.
         seed: of k-means.
         environments: groups of the inputs, [N] each; none = every eighth input.
+        sides: halves of the inputs, 0 or 1, [N] each, that decide between divisions which tell about the same.
         bar: whether progress bars show the time left.
 
     Returns:
@@ -112,11 +120,16 @@ def cluster(
         [Folds(points, np.repeat(groups, group)) for points in components.values()]
         for groups in environments or [np.arange(size) % GROUPS]
     ]
-    value, view, labels = candidates(components, folds, count, group, seed, bar)[0]
+
+    def best(number: int) -> tuple[float, str, Labels]:
+        judged = candidates(components, folds, number, group, seed, bar)
+        return decide(judged, components, sides, number, group, bar)
+
+    value, view, labels = best(count)
     ways = np.arange(count)
     if (found := fewer(folds, labels, value, count, group)) is not None:
         value, few = found
-        _, other, direct = candidates(components, folds, int(few.max()) + 1, group, seed, bar)[0]
+        _, other, direct = best(int(few.max()) + 1)
         if (told := tells(folds, direct, count, group)) > value:
             value, view, few = told, other, direct
         labels, ways = divide(components[view], few, count, seed)
@@ -160,6 +173,35 @@ def candidates(
     found.sort(key=lambda division: -division[0])
     judged = [(tells(folds, labels, count, group), view, labels) for _, view, labels in found[:SHORTLIST]]
     return sorted(judged, key=lambda division: -division[0])  # the best one first
+
+
+def decide(
+    judged: Sequence[tuple[float, str, Labels]],
+    components: Mapping[str, Floats],
+    sides: Sequence[Labels],
+    count: int,
+    group: int,
+    bar: bool,
+) -> tuple[float, str, Labels]:
+    """Return the division that tells most, or one that tells about as much and holds clearly better (see `holds`).
+
+    Args:
+        judged: what each tells, the view that showed it, and its labels; the best one first.
+        components: principal components of the views.
+        sides: of the inputs, 0 or 1, [N] each; none = the first division.
+        count: K.
+        group: M.
+        bar: whether a progress bar shows the time left.
+    """
+    first, least = judged[0], judged[0][0] - (1 - CLOSE) * abs(judged[0][0])  # which may be negative
+    close = [division for division in judged if division[0] >= least]
+    if len(close) == 1 or not sides:
+        return first
+    halves = [[Folds(points, np.repeat(side, group)) for points in components.values()] for side in sides]
+    shown = progress(close, "seeding: clusters, compared", bar)
+    held = [holds(halves, labels, count, group) for _, _, labels in shown]
+    clearly = max(held) - held[0] > (1 - CLOSE) * abs(held[0])
+    return close[int(np.argmax(held))] if clearly else first
 
 
 def fewer(
@@ -275,6 +317,25 @@ def environments_of(inputs: Tensor, tokens: Sequence[Sequence[int]], seed: int) 
         if len(np.unique(groups)) > 1 and max(shares.values()) <= 0.9 * size:
             found.append(groups)
     return [groups for i, groups in enumerate(found) if not any(np.array_equal(groups, other) for other in found[:i])]
+
+
+def sides_of(environments: Sequence[Labels], seed: int) -> list[Labels]:
+    """Return sides [N] of the inputs, 0 or 1: the groups of each environment put to two sides in several ways.
+
+    A side has a quarter of the inputs at least.
+
+    Args:
+        environments: groups of the inputs, [N] each.
+        seed: which ways, where there are many.
+    """
+    source = np.random.default_rng(seed % 2**32)
+    found: list[Labels] = []
+    for groups in environments:
+        values, index = np.unique(groups, return_inverse=True)
+        codes = source.permutation(2 ** (len(values) - 1))[: 16 * SIDES]  # a bit for each group, without the last one
+        sides = ((code >> index) & 1 for code in codes)
+        found += islice((side for side in sides if 0.25 <= side.mean() <= 0.75), SIDES)
+    return found
 
 
 def principal(view: Tensor, count: int) -> Floats | None:

@@ -12,6 +12,8 @@ Labels = NDArray[np.int64]
 
 ROUNDS = 4
 """Times that a division is fitted anew."""
+BEST = 0.9
+"""Share of the halvings whose code lengths count: a token may tell inputs apart that have nothing in common."""
 ALIKE = 0.1
 """Nats that one division may leave open of another that it repeats."""
 
@@ -153,3 +155,20 @@ def tells(folds: Sequence[Sequence[Folds]], labels: Labels, count: int, group: i
         group: M.
     """
     return information(labels, group) - max(in_all_views(fold, labels, count) for fold in folds)
+
+
+def holds(halves: Sequence[Sequence[Folds]], labels: Labels, count: int, group: int) -> float:
+    """Return I(z; y|x) less the code length of z where one half of the inputs is judged by the other, in nats.
+
+    In the view that shows z best, and in the worst halving but a tenth of them. A division that swaps two ways of
+    solving for some inputs can pass where one group of them is judged by all the others, as some of these are swapped
+    as well; it does not where all of them are on one side.
+
+    Args:
+        halves: of all views, for each way to halve the inputs.
+        labels: 0 to K - 1, or fewer, [N * M].
+        count: K.
+        group: M.
+    """
+    lengths = np.array([[code_length(fold, labels, count) for fold in folds] for folds in halves])  # [halvings, views]
+    return information(labels, group) - float(np.quantile(lengths, BEST, axis=0).min())

@@ -2,8 +2,8 @@
 
 A linear probe with labels says how well what is clustered shows the strategy at all. Then the true division and those
 that the seeding finds are judged as it does, without labels: what each tells about y given x, less the length of its
-code. *Right* is of the solutions that one strategy alone writes. A wrong solution has no strategy; in the true division
-it has the one that the probe gives it.
+code, and whether it holds where one half of the inputs is judged by the other. *Right* is of the solutions that one
+strategy alone writes. A wrong solution has no strategy; in the true division it has the one that the probe gives it.
 
     python tests/benchmarks/seeding_probe.py .../grid_pathfinding/entangled/model grid_pathfinding
     ... --inputs 1024 --different    (of as many different inputs, as self-generated data have them)
@@ -25,8 +25,15 @@ from cvae_lightning.data import SyntheticDataModule, tasks
 from cvae_lightning.losses import FreeEnergyLoss, PosteriorDistillationLoss
 from cvae_lightning.metrics.matching import clustering_scores
 from cvae_lightning.modules.seeding import LatentSeeding, solved_differently
-from cvae_lightning.modules.solution_clusters import candidates, combine, environments_of, principal
-from cvae_lightning.modules.solution_divisions import Folds, in_all_views, information
+from cvae_lightning.modules.solution_clusters import (
+    candidates,
+    combine,
+    decide,
+    environments_of,
+    principal,
+    sides_of,
+)
+from cvae_lightning.modules.solution_divisions import Folds, holds, in_all_views, information
 
 
 def main() -> None:
@@ -38,7 +45,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="the first of these records")
     parser.add_argument("--different", action="store_true", help="leave out records whose input was there before")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--shown", type=int, default=6, help="of the divisions found, the one chosen first")
+    parser.add_argument("--shown", type=int, default=6, help="of the divisions found")
     given = parser.parse_args()
     task = getattr(tasks, given.task.title().replace("_", ""))()
     count, seeding = len(task.strategies), LatentSeeding(num_inputs=given.inputs, seed=given.seed)
@@ -73,20 +80,28 @@ def main() -> None:
 
     template, xs = module.template, list(dict.fromkeys(s.x for s in solutions))
     tokens = [ids[mask].tolist() for ids, mask in zip(*template.prefixes(xs), strict=True)]
-    places = [np.repeat(groups, group) for groups in environments_of(seeding.of_inputs(features), tokens, given.seed)]
-    folds = [[Folds(points, groups) for points in components.values()] for groups in places]
-    found = [labels for _, _, labels in candidates(components, folds, count, group, given.seed, True)]
+    places = environments_of(seeding.of_inputs(features), tokens, given.seed)
+    sides = sides_of(places[1:], given.seed)
+    folds, halves = (
+        [[Folds(points, np.repeat(groups, group)) for points in components.values()] for groups in groupings]
+        for groupings in (places, sides)
+    )
+    judged = candidates(components, folds, count, group, given.seed, True)
+    _, _, chosen = decide(judged, components, sides, count, group, True)
+    found = [labels for _, _, labels in judged]
     print()
     heads = [*components, "all of them together, worst environment"]
-    print("| division | right | entropy given x |", " | ".join(f"code, {head}" for head in heads), "| tells |")
-    print("|---|" + "---:|" * (len(heads) + 3))
+    print("| division | right | entropy given x |", " | ".join(f"code, {head}" for head in heads), "| tells | holds |")
+    print("|---|" + "---:|" * (len(heads) + 4))
     for number, labels in enumerate([true, *found[: given.shown]]):
         table = np.zeros((count, count), dtype=int)
         np.add.at(table, (labels[own >= 0], own[own >= 0]), 1)
         codes = [max(in_all_views([fold[i]], labels, count) for fold in folds) for i in range(len(components))]
         worst, entropy = max(in_all_views(fold, labels, count) for fold in folds), information(labels, group)
         figures = (clustering_scores(table)["one_to_one"], entropy, *codes, worst, entropy - worst)
-        print("|", " | ".join([f"found, {number}" if number else "true", *(f"{v:.3f}" for v in figures)]), "|")
+        name = f"found, {number}{', chosen' * (labels is chosen)}" if number else "true"
+        held = holds(halves, labels, count, group) if halves else float("nan")
+        print("|", " | ".join([name, *(f"{v:.3f}" for v in (*figures, held))]), "|")
 
 
 if __name__ == "__main__":

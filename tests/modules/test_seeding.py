@@ -208,9 +208,9 @@ def test_an_input_that_is_always_solved_alike_says_nothing(artifact, monkeypatch
     def solved(*args):
         return [Record(r.x, "1" if r.x in alike else r.y, index=r.index) for r in solve(*args)]
 
-    def watching(views, count, group, seed, environments, bar):
+    def watching(views, count, group, seed, environments, sides, bar):
         given.append((len(next(iter(views.values()))), environments))
-        return solution_clusters.cluster(views, count, group, seed, environments, bar)
+        return solution_clusters.cluster(views, count, group, seed, environments, sides, bar)
 
     monkeypatch.setattr(LatentSeeding, "solve", solved)
     monkeypatch.setattr(LatentSeeding, "teach", lambda seeding, model, solutions, targets: taught.extend(solutions))

@@ -3,11 +3,21 @@
 import numpy as np
 import pytest
 import torch
-from planted import K, centred, planted, unlike_kinds
+from planted import K, centred, planted, swapped_on_one_side, unlike_kinds
 from sklearn.metrics import adjusted_mutual_info_score
 
 from cvae_lightning.modules import solution_clusters
-from cvae_lightning.modules.solution_clusters import cluster, combine, divide, environments_of, fewer, spread
+from cvae_lightning.modules.solution_clusters import (
+    SIDES,
+    cluster,
+    combine,
+    decide,
+    divide,
+    environments_of,
+    fewer,
+    sides_of,
+    spread,
+)
 
 pytestmark = pytest.mark.usefixtures("few_divisions")
 
@@ -134,6 +144,47 @@ def test_every_environment_is_asked():
     told = [cluster(views, K, 9, 0, groups).information for groups in ([mixed], [mixed, kind], [kind, mixed])]
     assert told[0] > 0.9
     assert max(told[1:]) < 0.5
+
+
+def test_sides_are_groups_put_together():
+    groups = [np.arange(120) % 5, np.arange(120) % 40 == 0, np.arange(120) % 20]
+    found = sides_of(groups, seed=0)
+    assert all(0.25 <= side.mean() <= 0.75 for side in found)
+    few, many = found[:-SIDES], found[-SIDES:]  # of the second there is none, of the third there are half a million
+    assert len(few) == 2**4 - 1 - 5  # without nobody, and without one group alone
+    assert {tuple(side[:5]) for side in few} == {tuple(side[5:10]) for side in few}
+    assert len({tuple(side) for side in [*few, *(1 - side for side in few)]}) == 2 * len(few)
+    assert all(np.array_equal(side, np.tile(side[:20], 6)) for side in many)
+    assert not np.array_equal(many, sides_of(groups, seed=1)[-SIDES:])
+    assert sides_of([], seed=0) == []
+
+
+@pytest.mark.parametrize(
+    ("told", "held", "expected"),
+    [
+        ([1.0, 0.971, 0.96], [0.8, 0.83, 0.9], 1),
+        ([1.0, 0.971, 0.96], [0.8, 0.82, 0.9], 0),  # no more than the first, or about as much
+        ([1.0, 0.99, 0.98], [0.8, 0.83, 0.9], 2),
+        ([1.0, 0.99, 0.98], [0.8, 0.7, 0.6], 0),
+        ([-1.0, -1.02, -1.04], [-0.8, -0.7, 0.5], 1),
+        ([1.0], [0.8], 0),
+    ],
+)
+def test_of_divisions_that_tell_about_as_much_one_that_holds_clearly_better(monkeypatch, told, held, expected):
+    labels = [np.array([i]) for i in range(3)]
+    judged = [(value, "hidden", division) for value, division in zip(told, labels, strict=False)]
+    monkeypatch.setattr(solution_clusters, "holds", lambda halves, division, count, group: held[int(division[0])])
+    points = {"hidden": np.zeros((4, 2))}
+    assert decide(judged, points, [np.arange(4) % 2], 2, 1, False) is judged[expected]
+    assert decide(judged, points, [], 2, 1, False) is judged[0]
+
+
+def test_ways_that_are_swapped_on_one_side_are_put_right():
+    points, groups, truth, swapped = swapped_on_one_side()
+    for first, second in ((truth, swapped), (swapped, truth)):
+        judged = [(0.6, "hidden", first), (0.59, "hidden", second)]
+        _, _, chosen = decide(judged, {"hidden": points}, sides_of([groups], seed=0), 2, 8, False)
+        assert np.array_equal(chosen, truth)
 
 
 def test_the_largest_clusters_are_divided():

@@ -5,13 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from planted import K, centred, planted, swapping, unlike_kinds
+from planted import K, centred, planted, swapped_on_one_side, swapping, unlike_kinds
 from scipy.stats import multivariate_normal
 from sklearn.metrics import adjusted_mutual_info_score
 
 from cvae_lightning.modules.solution_divisions import (
     Folds,
     code_length,
+    holds,
     in_all_views,
     information,
     merge,
@@ -115,3 +116,17 @@ def test_divisions_that_differ_in_few_places_repeat_each_other(wrong, repeated):
     other[:wrong] = (other[:wrong] + 1) % K
     assert repeats(truth.numpy(), [np.zeros(len(truth), dtype=np.int64), other]) == repeated
     assert not repeats(truth.numpy(), [])
+
+
+def test_what_holds_for_one_half_of_the_inputs_holds_for_the_other():
+    """Labels that swap two ways for some inputs are known in every group from the others, but not from all unlike."""
+    points, groups, truth, swapped = swapped_on_one_side()
+    every = [[Folds(points, np.repeat(groups, 8))]]
+    assert tells(every, swapped, 2, 8) == pytest.approx(tells(every, truth, 2, 8), abs=0.06)
+    noise = np.random.default_rng(0).standard_normal(points.shape)
+    unlike, mixed = ([Folds(view, np.repeat(side, 8)) for view in (noise, points)] for side in (groups % 2, groups < 3))
+    assert holds([unlike], truth, 2, 8) > 0.6  # by the view that shows it best
+    assert holds([unlike], swapped, 2, 8) < 0
+    assert holds([mixed], swapped, 2, 8) > 0.6
+    assert holds([unlike] + 10 * [mixed], swapped, 2, 8) > 0.5  # a tenth may have nothing in common
+    assert holds(2 * [unlike] + 9 * [mixed], swapped, 2, 8) < 0
