@@ -45,8 +45,9 @@ class LatentSeeding(HasSpec):
        keeps what differs between solutions of one input and loses the input itself. A strategy shifts it in the same
        direction for every x. An input that is always solved alike says nothing, and is left out.
     3. They are divided into K clusters, by k-means refined by linear discriminants: those that tell most, and most
-       simply, about y given x. Where fewer clusters tell as much, they are the ways of solving, and the K are parts of
-       them. The posterior network learns (x, y) -> cluster in ``posterior_steps``.
+       simply, about y given x. Of those that tell about the same, one that holds from one half of the inputs to the
+       other. Where fewer clusters tell as much, they are the ways of solving, and the K are parts of them. The
+       posterior network learns (x, y) -> cluster in ``posterior_steps``.
     4. In the first ``hold_steps`` training steps the objective is weighed by that posterior, fading into the module's
        own over the second half of them; from then on the seeds play no part.
 

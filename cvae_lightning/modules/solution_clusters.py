@@ -40,7 +40,7 @@ PLACES = 8
 """Tokens from either end of x by which inputs are grouped."""
 SIDES = 16
 """Ways to put the groups of inputs to two sides, of each grouping."""
-CLOSE = 0.97
+CLOSE = 0.95
 """Share of what the best division tells from which on another one tells about as much."""
 FEWER = 0.95
 """Share of what a division tells that one into fewer clusters has to tell to take its place."""
