@@ -42,6 +42,8 @@ SIDES = 16
 """Ways to put the groups of inputs to two sides, of each grouping."""
 CLOSE = 0.95
 """Share of what the best division tells from which on another one tells about as much."""
+CLEARLY = 0.03
+"""Share by which another one has to hold better to take its place: the same ways are found in several forms."""
 FEWER = 0.95
 """Share of what a division tells that one into fewer clusters has to tell to take its place."""
 
@@ -200,7 +202,7 @@ def decide(
     halves = [[Folds(points, np.repeat(side, group)) for points in components.values()] for side in sides]
     shown = progress(close, "seeding: clusters, compared", bar)
     held = [holds(halves, labels, count, group) for _, _, labels in shown]
-    clearly = max(held) - held[0] > (1 - CLOSE) * abs(held[0])
+    clearly = max(held) - held[0] > CLEARLY * abs(held[0])
     return close[int(np.argmax(held))] if clearly else first
 
 
