@@ -17,8 +17,9 @@ from cvae_lightning.backbones.generation import generate_within
 from cvae_lightning.backbones.solution_features import solution_features
 from cvae_lightning.modules.descent import descend
 from cvae_lightning.modules.evened import evened
+from cvae_lightning.modules.input_groups import environments_of, sides_of
 from cvae_lightning.modules.sharding import is_sharded
-from cvae_lightning.modules.solution_clusters import Clusters, cluster, combine, environments_of, sides_of, spread
+from cvae_lightning.modules.solution_clusters import Clusters, cluster, combine, spread
 from cvae_lightning.modules.text_use import batched
 from cvae_lightning.outputs import Record
 from cvae_lightning.progress import progress

@@ -6,16 +6,18 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, product
+from itertools import product
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cvae_lightning.modules.input_groups import GROUPS
 from cvae_lightning.modules.solution_divisions import (
     Floats,
     Folds,
     Labels,
+    folds_of,
     holds,
     in_all_views,
     information,
@@ -34,12 +36,6 @@ REFINED = 128
 """Divisions by k-means that are gone on with: those of the most information about the solution of an input."""
 SHORTLIST = 16
 """Divisions that are judged in every environment: the best ones in the first."""
-GROUPS = 8
-"""Groups of inputs that are like each other, by what the model makes of them."""
-PLACES = 8
-"""Tokens from either end of x by which inputs are grouped."""
-SIDES = 16
-"""Ways to put the groups of inputs to two sides, of each grouping."""
 CLOSE = 0.95
 """Share of what the best division tells from which on another one tells about as much."""
 CLEARLY = 0.03
@@ -118,10 +114,7 @@ def cluster(
     if not components:
         return None
     size = len(next(iter(components.values()))) // group
-    folds = [
-        [Folds(points, np.repeat(groups, group)) for points in components.values()]
-        for groups in environments or [np.arange(size) % GROUPS]
-    ]
+    folds = folds_of(components, environments or [np.arange(size) % GROUPS], group)
 
     def best(number: int) -> tuple[float, str, Labels]:
         judged = candidates(components, folds, number, group, seed, bar)
@@ -199,7 +192,7 @@ def decide(
     close = [division for division in judged if division[0] >= least]
     if len(close) == 1 or not sides:
         return first
-    halves = [[Folds(points, np.repeat(side, group)) for points in components.values()] for side in sides]
+    halves = folds_of(components, sides, group)
     shown = progress(close, "seeding: clusters, compared", bar)
     held = [holds(halves, labels, count, group) for _, _, labels in shown]
     clearly = max(held) - held[0] > CLEARLY * abs(held[0])
@@ -291,53 +284,6 @@ def spread(shares: Tensor, solutions: Sequence[str], group: int, ways: Tensor) -
             among = torch.isin(ways, torch.tensor([way, *empty])).float()
             shares[start : start + group][rows == way] = among / among.sum()
     return shares
-
-
-def environments_of(inputs: Tensor, tokens: Sequence[Sequence[int]], seed: int) -> list[Labels]:
-    """Return groups [N] of the inputs: by their features, and by each of the first and last tokens of x.
-
-    A token that fewer than one in 20 inputs have there is put to the others of that kind.
-
-    Args:
-        inputs: features of the inputs, [N, F].
-        tokens: their tokens.
-        seed: of k-means.
-    """
-    from sklearn.cluster import KMeans
-
-    size = len(tokens)
-    if size < 2 * GROUPS:
-        return [np.arange(size) % GROUPS]
-    left, scale, _ = torch.pca_lowrank(inputs, min(16, *inputs.shape), niter=4)
-    points = (left * scale).cpu().double().numpy()
-    found = [KMeans(GROUPS, n_init=3, random_state=seed % 2**32).fit(points).labels_.astype(np.int64)]
-    for place in (*range(PLACES), *range(-PLACES, 0)):
-        there = [ids[place] if -len(ids) <= place < len(ids) else -1 for ids in tokens]
-        shares = Counter(there)
-        often = {token: i for i, token in enumerate(shares) if shares[token] >= 0.05 * size}
-        groups = np.array([often.get(token, -1) for token in there])
-        if len(np.unique(groups)) > 1 and max(shares.values()) <= 0.9 * size:
-            found.append(groups)
-    return [groups for i, groups in enumerate(found) if not any(np.array_equal(groups, other) for other in found[:i])]
-
-
-def sides_of(environments: Sequence[Labels], seed: int) -> list[Labels]:
-    """Return sides [N] of the inputs, 0 or 1: the groups of each environment put to two sides in several ways.
-
-    A side has a quarter of the inputs at least.
-
-    Args:
-        environments: groups of the inputs, [N] each.
-        seed: which ways, where there are many.
-    """
-    source = np.random.default_rng(seed % 2**32)
-    found: list[Labels] = []
-    for groups in environments:
-        values, index = np.unique(groups, return_inverse=True)
-        codes = source.permutation(2 ** (len(values) - 1))[: 16 * SIDES]  # a bit for each group, without the last one
-        sides = ((code >> index) & 1 for code in codes)
-        found += islice((side for side in sides if 0.25 <= side.mean() <= 0.75), SIDES)
-    return found
 
 
 def principal(view: Tensor, count: int) -> Floats | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,6 +78,17 @@ class Folds:
             shifted = logits - logits.max(-1, keepdims=True)
             found[part] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
         return found
+
+
+def folds_of(components: Mapping[str, Floats], groupings: Sequence[Labels], group: int) -> list[list[Folds]]:
+    """Return the folds of every view, for each grouping of the inputs.
+
+    Args:
+        components: of the views, [N * M, F] each, M solutions of an input in a row.
+        groupings: groups of the inputs, [N] each.
+        group: M.
+    """
+    return [[Folds(points, np.repeat(groups, group)) for points in components.values()] for groups in groupings]
 
 
 def refine(folds: Folds, labels: Labels, count: int) -> Labels:

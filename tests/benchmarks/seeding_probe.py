@@ -24,16 +24,10 @@ from cvae_lightning.backbones.solution_features import solution_features
 from cvae_lightning.data import SyntheticDataModule, tasks
 from cvae_lightning.losses import FreeEnergyLoss, PosteriorDistillationLoss
 from cvae_lightning.metrics.matching import clustering_scores
+from cvae_lightning.modules.input_groups import environments_of, sides_of
 from cvae_lightning.modules.seeding import LatentSeeding, solved_differently
-from cvae_lightning.modules.solution_clusters import (
-    candidates,
-    combine,
-    decide,
-    environments_of,
-    principal,
-    sides_of,
-)
-from cvae_lightning.modules.solution_divisions import Folds, holds, in_all_views, information
+from cvae_lightning.modules.solution_clusters import candidates, combine, decide, principal
+from cvae_lightning.modules.solution_divisions import folds_of, holds, in_all_views, information
 
 
 def main() -> None:
@@ -82,10 +76,7 @@ def main() -> None:
     tokens = [ids[mask].tolist() for ids, mask in zip(*template.prefixes(xs), strict=True)]
     places = environments_of(seeding.of_inputs(features), tokens, given.seed)
     sides = sides_of(places[1:], given.seed)
-    folds, halves = (
-        [[Folds(points, np.repeat(groups, group)) for points in components.values()] for groups in groupings]
-        for groupings in (places, sides)
-    )
+    folds, halves = (folds_of(components, groupings, group) for groupings in (places, sides))
     judged = candidates(components, folds, count, group, given.seed, True)
     _, _, chosen = decide(judged, components, sides, count, group, True)
     found = [labels for _, _, labels in judged]

@@ -7,17 +7,8 @@ from planted import K, centred, planted, swapped_on_one_side, unlike_kinds
 from sklearn.metrics import adjusted_mutual_info_score
 
 from cvae_lightning.modules import solution_clusters
-from cvae_lightning.modules.solution_clusters import (
-    SIDES,
-    cluster,
-    combine,
-    decide,
-    divide,
-    environments_of,
-    fewer,
-    sides_of,
-    spread,
-)
+from cvae_lightning.modules.input_groups import SIDES, environments_of, sides_of
+from cvae_lightning.modules.solution_clusters import cluster, combine, decide, divide, fewer, spread
 
 pytestmark = pytest.mark.usefixtures("few_divisions")
 
