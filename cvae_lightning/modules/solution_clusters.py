@@ -36,12 +36,10 @@ REFINED = 128
 """Divisions by k-means that are gone on with: those of the most information about the solution of an input."""
 SHORTLIST = 16
 """Divisions that are judged in every environment: the best ones in the first."""
-CLOSE = 0.95
-"""Share of what the best division tells from which on another one tells about as much."""
-CLEARLY = 0.03
+CLOSE = 0.05
+"""Share of what the best division tells by which another one may tell less, and tell about as much."""
+CLEARLY = 0.04
 """Share by which another one has to hold better to take its place: the same ways are found in several forms."""
-FEWER = 0.95
-"""Share of what a division tells that one into fewer clusters has to tell to take its place."""
 
 
 @dataclass(frozen=True)
@@ -188,8 +186,8 @@ def decide(
         group: M.
         bar: whether a progress bar shows the time left.
     """
-    first, least = judged[0], judged[0][0] - (1 - CLOSE) * abs(judged[0][0])  # which may be negative
-    close = [division for division in judged if division[0] >= least]
+    first = judged[0]
+    close = [division for division in judged if division[0] >= first[0] - CLOSE * abs(first[0])]
     if len(close) == 1 or not sides:
         return first
     halves = folds_of(components, sides, group)
@@ -223,7 +221,7 @@ def fewer(
         refined = refine(folds[0][-1], merged, number)
         judged = [(tells(folds, division, count, group), division) for division in (merged, refined)]
         value, division = max(judged, key=lambda pair: pair[0])
-        if value < best - (1 - FEWER) * abs(best):  # which may be negative
+        if value < best - CLOSE * abs(best):
             break
         best, found = max(best, value), (value, division)
     return found
