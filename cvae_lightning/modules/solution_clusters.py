@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -38,8 +38,13 @@ SHORTLIST = 16
 """Divisions that are judged in every environment: the best ones in the first."""
 CLOSE = 0.05
 """Share of what the best division tells by which another one may tell less, and tell about as much."""
+ALMOST = 0.1
+"""Share that merged clusters may tell less for a division into so many to be looked for from scratch."""
 CLEARLY = 0.04
 """Share by which another one has to hold better to take its place: the same ways are found in several forms."""
+
+Division = tuple[float, str, Labels]
+"""What a division of solutions tells in nats, the view that showed it, and its labels."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +97,8 @@ def cluster(
     environment that counts, where each group of inputs is judged by all others (see :func:`code_length`). Between
     divisions that tell about the same decides what holds from one half of the inputs to the other (see :func:`decide`).
 
-    K may be larger than the number of ways of solving. Clusters are merged as long as hardly anything is lost that way
-    (see :func:`fewer`); so many ways there are. Those that are left, or the best division into so many clusters where
-    that tells more, are divided again, the largest first, until there are K clusters.
+    K may be larger than the number of ways of solving. Where a division into fewer clusters tells about as much, so
+    many ways there are (see :func:`fewer`); its clusters are divided again, the largest first, until there are K.
 
     Args:
         views: [N * M, F] each, M solutions of an input in a row; the last one is all of them together.
@@ -114,18 +118,16 @@ def cluster(
     size = len(next(iter(components.values()))) // group
     folds = folds_of(components, environments or [np.arange(size) % GROUPS], group)
 
-    def best(number: int) -> tuple[float, str, Labels]:
+    def best(number: int) -> Division:
         judged = candidates(components, folds, number, group, seed, bar)
         return decide(judged, components, sides, number, group, bar)
 
-    value, view, labels = best(count)
+    first = best(count)
+    few = fewer(folds, first, best, count, group)
+    value, view, labels = few or first
     ways = np.arange(count)
-    if (found := fewer(folds, labels, value, count, group)) is not None:
-        value, few = found
-        _, other, direct = best(int(few.max()) + 1)
-        if (told := tells(folds, direct, count, group)) > value:
-            value, view, few = told, other, direct
-        labels, ways = divide(components[view], few, count, seed)
+    if few:
+        labels, ways = divide(components[view], labels, count, seed)
     drawn = torch.from_numpy(components[view][:, :2]).float()
     return Clusters(torch.from_numpy(labels), torch.from_numpy(ways), drawn, value, view)
 
@@ -137,8 +139,8 @@ def candidates(
     group: int,
     seed: int,
     bar: bool,
-) -> list[tuple[float, str, Labels]]:
-    """Return divisions into K clusters: what each tells, the view that showed it, and its labels (see `cluster`).
+) -> list[Division]:
+    """Return divisions into K clusters, the one that tells most first (see `cluster`).
 
     Args:
         components: principal components of the views.
@@ -155,7 +157,7 @@ def candidates(
     ]
     divisions.sort(key=lambda division: -division[0])
     tried: list[Labels] = []
-    found: list[tuple[float, str, Labels]] = []
+    found: list[Division] = []
     for _, view, start in progress(divisions[:REFINED], "seeding: clusters, refined", bar):
         if repeats(start, tried):
             continue
@@ -169,17 +171,17 @@ def candidates(
 
 
 def decide(
-    judged: Sequence[tuple[float, str, Labels]],
+    judged: Sequence[Division],
     components: Mapping[str, Floats],
     sides: Sequence[Labels],
     count: int,
     group: int,
     bar: bool,
-) -> tuple[float, str, Labels]:
+) -> Division:
     """Return the division that tells most, or one that tells about as much and holds clearly better (see `holds`).
 
     Args:
-        judged: what each tells, the view that showed it, and its labels; the best one first.
+        judged: divisions, the one that tells most first.
         components: principal components of the views.
         sides: of the inputs, 0 or 1, [N] each; none = the first division.
         count: K.
@@ -198,33 +200,42 @@ def decide(
 
 
 def fewer(
-    folds: Sequence[Sequence[Folds]], labels: Labels, best: float, count: int, group: int
-) -> tuple[float, Labels] | None:
-    """Return the division into the fewest clusters that tells nearly as much, and what it tells in nats.
+    folds: Sequence[Sequence[Folds]], first: Division, search: Callable[[int], Division], count: int, group: int
+) -> Division | None:
+    """Return a division into the fewest clusters that tells about as much as the best one.
 
     Two clusters of one way of solving do not meet in one input: apart they tell no more than together, and take a
-    longer code. Merging two ways takes away much of what is told.
+    longer code. Merging two ways takes away much of what is told. So merging shows how many ways there may be; but
+    what is best into K clusters may mix them, and what is best into fewer is looked for from scratch as well.
 
     Args:
         folds: of all views, in each environment.
-        labels: a division into K clusters, [N * M].
-        best: what it tells.
+        first: the best division into K clusters.
+        search: for the best division into so many.
         count: K.
         group: M.
 
     Returns:
         None where every division into fewer clusters tells much less.
     """
-    found, merged = None, labels
+    best, view, merged = first
+    divisions: list[Division] = []
     for number in range(count - 1, 1, -1):
         merged = merge(merged, number, group)
         refined = refine(folds[0][-1], merged, number)
-        judged = [(tells(folds, division, count, group), division) for division in (merged, refined)]
-        value, division = max(judged, key=lambda pair: pair[0])
-        if value < best - CLOSE * abs(best):
+        judged = [(tells(folds, labels, count, group), view, labels) for labels in (merged, refined)]
+        division = max(judged, key=lambda pair: pair[0])
+        if division[0] < best - ALMOST * abs(best):
             break
-        best, found = max(best, value), (value, division)
-    return found
+        best = max(best, division[0])
+        divisions.append(division)
+    for division in reversed(divisions):
+        _, other, labels = search(int(division[2].max()) + 1)
+        anew = tells(folds, labels, count, group), other, labels
+        division = max(division, anew, key=lambda pair: pair[0])
+        if division[0] >= best - CLOSE * abs(best):
+            return division
+    return None
 
 
 def divide(points: Floats, labels: Labels, count: int, seed: int) -> tuple[Labels, Labels]:

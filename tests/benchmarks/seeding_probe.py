@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from lightning import seed_everything
 from sklearn.linear_model import LogisticRegression
 
 from cvae_lightning import SharedDiscreteCVAE
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--shown", type=int, default=6, help="of the divisions found")
     given = parser.parse_args()
+    seed_everything(given.seed, verbose=False)  # principal components of many features are found by random projections
     task = getattr(tasks, given.task.title().replace("_", ""))()
     count, seeding = len(task.strategies), LatentSeeding(num_inputs=given.inputs, seed=given.seed)
     objective = {"free_energy": FreeEnergyLoss(), "distillation": PosteriorDistillationLoss()}

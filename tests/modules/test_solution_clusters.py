@@ -69,54 +69,47 @@ def test_more_clusters_than_ways_are_parts_of_ways(count):
     assert adjusted_mutual_info_score(truth, found.ways[found.labels]) > 0.95
 
 
-@pytest.mark.parametrize(("anew", "best"), [(-1.0, "merged"), (2.0, "anew")])
-def test_what_is_divided_again_is_the_division_that_tells_more(monkeypatch, anew, best):
-    """Of the merged clusters and those found from scratch, in as many."""
-    features, truth = planted()
-    searched = []
-
-    def searching(components, folds, count, group, seed, bar):
-        searched.append(count)
-        labels = truth.numpy() if len(searched) == 2 else np.arange(len(truth)) % count
-        return [(0.0, "hidden", labels)]
-
-    merged = np.arange(len(truth)) % K
-    monkeypatch.setattr(solution_clusters, "candidates", searching)
-    monkeypatch.setattr(solution_clusters, "fewer", lambda *args: (1.0, merged))
-    monkeypatch.setattr(solution_clusters, "tells", lambda *args: anew)
-    found = cluster({"hidden": centred(features)}, K + 1, 9, seed=0)
-    assert searched == [K + 1, K]
-    expected = {"merged": merged, "anew": truth.numpy()}[best]
-    assert np.array_equal(found.ways[found.labels], expected)
-    assert found.information == max(1.0, anew)
-
-
 @pytest.mark.parametrize(
-    ("told", "best", "ways"),
+    ("merged", "anew", "best", "ways", "searched"),
     [
-        ({4: 0.96, 3: 0.951, 2: 0.949}, 1.0, 3),
-        ({4: 0.949, 3: 1.0, 2: 1.0}, 1.0, None),
-        ({4: 1.04, 3: 0.985, 2: 0.9}, 1.0, 4),  # 5 % of the most that was told
-        ({4: -1.0, 3: -1.04, 2: 0.2}, -1.0, 2),  # of its size, where it is negative
-        ({4: -1.06, 3: 1.0, 2: 1.0}, -1.0, None),
+        ({4: 0.96, 3: 0.951, 2: 0.949}, {}, 1.0, 3, [2, 3]),
+        ({4: 0.899, 3: 1.0, 2: 1.0}, {4: 1.0}, 1.0, None, []),
+        ({4: 0.949, 3: 0.901, 2: 0.5}, {3: 0.949}, 1.0, None, [3, 4]),
+        ({4: 0.92, 3: 0.901, 2: 0.5}, {3: 0.951}, 1.0, 3, [3]),
+        ({4: 0.92, 3: 0.901, 2: 0.5}, {4: 1.2}, 1.0, 4, [3, 4]),
+        ({4: 1.04, 3: 0.985, 2: 0.9}, {}, 1.0, 4, [3, 4]),  # 5 % of the most that was told
+        ({4: -1.0, 3: -1.04, 2: 0.2}, {}, -1.0, 2, [2]),  # of its size, where it is negative
+        ({4: -1.11, 3: 1.0, 2: 1.0}, {}, -1.0, None, []),
     ],
 )
 @pytest.mark.parametrize("better", ["merged", "refined"])
-def test_clusters_are_merged_while_hardly_anything_is_lost(monkeypatch, told, best, ways, better):
+def test_the_fewest_clusters_that_tell_about_as_much(monkeypatch, merged, anew, best, ways, searched, better):
+    """Merged ones, or ones from scratch where those that are merged tell almost as much."""
     start = np.arange(40) % 5
     monkeypatch.setattr(solution_clusters, "refine", lambda folds, labels, count: np.flip(labels))
-    merged = [solution_clusters.merge(start, count, 10) for count in range(5)]
+    divisions = {count: solution_clusters.merge(start, count, 10) for count in range(2, 5)}
+    scratch = {count: np.roll(labels, 1) for count, labels in divisions.items()}
 
     def tells(folds, labels, count, group):
-        kind = "merged" if any(np.array_equal(labels, division) for division in merged) else "refined"
-        return told[int(labels.max()) + 1] - (kind != better)
+        number = int(labels.max()) + 1
+        if np.array_equal(labels, scratch[number]):
+            return anew.get(number, -9.0)
+        return merged[number] - (np.array_equal(labels, divisions[number]) != (better == "merged"))
 
+    def search(number):
+        asked.append(number)
+        return 9.0, "attention", scratch[number]
+
+    asked = []
     monkeypatch.setattr(solution_clusters, "tells", tells)
-    found = fewer([[None]], start, best, 5, 10)
+    found = fewer([[None]], (best, "hidden", start), search, 5, 10)
+    assert asked == searched
     assert (found is None) == (ways is None)
     if found is not None:
-        assert found[0] == told[ways]
-        assert found[1].max() + 1 == ways
+        told, view, labels = found
+        assert labels.max() + 1 == ways
+        assert told == anew.get(ways, merged[ways])
+        assert view == ("attention" if ways in anew else "hidden")
 
 
 def test_a_rare_way_is_found():
