@@ -188,7 +188,8 @@ class LatentSeeding(HasSpec):
                 "seeding: the clusters tell nothing about y given x that their own code would not take; the latents "
                 "may come to mean anything. More inputs (seeding.num_inputs) or fewer latents may help."
             )
-        shares = nn.functional.one_hot(self.clusters, module.num_latents).float()
+        alike = (found.ways[:, None] == found.ways).float()
+        shares = (alike / alike.sum(-1, keepdim=True))[self.clusters]  # in equal parts to the latents of a way
         if self.leave_open:
             shares = spread(shares, [solution.y for solution in solutions], self.num_solutions, found.ways)
         self.teach(module, solutions, shares)
