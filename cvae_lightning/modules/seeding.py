@@ -176,11 +176,11 @@ class LatentSeeding(HasSpec):
             )
             return None
         self.clusters, self.points, self.ways = found.labels, found.points, found.ways
-        shown = ", ".join(map(str, torch.bincount(self.clusters, minlength=module.num_latents).tolist()))
-        number = int(found.ways.max()) + 1
-        fewer = f", parts of {number} ways of solving," if number < module.num_latents else ""
+        sizes, latents = torch.bincount(found.labels), torch.bincount(found.ways)  # [W], of the ways of solving
+        shown = ", ".join(map(str, sizes.tolist()))
+        shared = f", which {module.num_latents} latents share," if len(sizes) < module.num_latents else ""
         rank_zero_info(
-            f"seeding: {len(solutions)} solutions in clusters of {shown}{fewer} by {found.view}; "
+            f"seeding: {len(solutions)} solutions in clusters of {shown}{shared} by {found.view}; "
             f"they tell {found.information:.3f} nats about y given x"
         )
         if found.information <= 0:
@@ -188,10 +188,10 @@ class LatentSeeding(HasSpec):
                 "seeding: the clusters tell nothing about y given x that their own code would not take; the latents "
                 "may come to mean anything. More inputs (seeding.num_inputs) or fewer latents may help."
             )
-        alike = (found.ways[:, None] == found.ways).float()
-        shares = (alike / alike.sum(-1, keepdim=True))[self.clusters]  # in equal parts to the latents of a way
+        shares = nn.functional.one_hot(found.labels, len(sizes)).float()
         if self.leave_open:
-            shares = spread(shares, [solution.y for solution in solutions], self.num_solutions, found.ways)
+            shares = spread(shares, [solution.y for solution in solutions], self.num_solutions)
+        shares = (shares / latents)[:, found.ways]  # in equal parts to the latents of a way
         self.teach(module, solutions, shares)
         if was_uneven:
             taught = {solution.x for solution in solutions}

@@ -49,11 +49,11 @@ Division = tuple[float, str, Labels]
 
 @dataclass(frozen=True)
 class Clusters:
-    """A division of solutions into K clusters, and of the clusters into ways of solving.
+    """A division of solutions into ways of solving, and what each of K latents is for.
 
     Args:
-        labels: the cluster of every solution, [N].
-        ways: the way of solving of every cluster, [K]: 0 to K - 1 in order, or fewer, of which some have more clusters.
+        labels: the way of solving of every solution, [N].
+        ways: that of every latent, [K]: 0 to K - 1 in order, or fewer, of which some have several latents.
         points: to draw, [N, 2].
         information: what it tells in nats: I(z; y|x) less the code length of z (see :func:`cluster`).
         view: the view that showed it.
@@ -98,7 +98,7 @@ def cluster(
     divisions that tell about the same decides what holds from one half of the inputs to the other (see :func:`decide`).
 
     K may be larger than the number of ways of solving. Where a division into fewer clusters tells about as much, so
-    many ways there are (see :func:`fewer`); its clusters are divided again, the largest first, until there are K.
+    many ways there are (see :func:`fewer`), and the latents are shared out among them (see :func:`latents_of`).
 
     Args:
         views: [N * M, F] each, M solutions of an input in a row; the last one is all of them together.
@@ -123,11 +123,8 @@ def cluster(
         return decide(judged, components, sides, number, group, bar)
 
     first = best(count)
-    few = fewer(folds, first, best, count, group)
-    value, view, labels = few or first
-    ways = np.arange(count)
-    if few:
-        labels, ways = divide(components[view], labels, count, seed)
+    value, view, labels = fewer(folds, first, best, count, group) or first
+    ways = latents_of(np.bincount(labels), count)
     drawn = torch.from_numpy(components[view][:, :2]).float()
     return Clusters(torch.from_numpy(labels), torch.from_numpy(ways), drawn, value, view)
 
@@ -238,50 +235,39 @@ def fewer(
     return None
 
 
-def divide(points: Floats, labels: Labels, count: int, seed: int) -> tuple[Labels, Labels]:
-    """Return ``labels`` with the largest clusters divided in two until there are K, and the former label of each.
+def latents_of(sizes: Labels, count: int) -> Labels:
+    """Return the way of solving of every latent, [K]: one latent for each, the others for those of most solutions.
 
-    Points that are all alike are not divided; where there are no others, the clusters that are wanting stay empty.
+    Latents of one way are all seeded with the whole of it. Parts of it would leave open what a latent writes for the
+    other solutions, and most divide a way by x, of which z says nothing.
+
+    Args:
+        sizes: of the ways, [W].
+        count: K, W at least.
     """
-    from sklearn.cluster import KMeans
-    from sklearn.exceptions import ConvergenceWarning
-
-    labels, ways = labels.copy(), list(range(int(labels.max()) + 1))
-    sizes = np.bincount(labels, minlength=count)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # points that are all alike leave the other half empty
-        while len(ways) < count and sizes.max() > 1:
-            largest, new = int(sizes.argmax()), len(ways)
-            rows = np.flatnonzero(labels == largest)
-            half = KMeans(2, n_init=1, random_state=seed % 2**32).fit(points[rows, : 4 * count]).labels_ == 1
-            if not half.any():
-                sizes[largest] = 0  # not to be tried again
-                continue
-            labels[rows[half]] = new
-            sizes[largest], sizes[new] = (~half).sum(), half.sum()
-            ways.append(ways[largest])
-    ways += [ways[int(np.bincount(labels).argmax())]] * (count - len(ways))
-    return labels, np.array(ways)
+    ways = list(range(len(sizes)))
+    while len(ways) < count:
+        ways.append(int((sizes / np.bincount(ways)).argmax()))
+    return np.array(ways)
 
 
-def spread(shares: Tensor, solutions: Sequence[str], group: int, ways: Tensor) -> Tensor:
-    """Return shares of the clusters that are undecided where different solutions of an input are taken for one way.
+def spread(shares: Tensor, solutions: Sequence[str], group: int) -> Tensor:
+    """Return shares of the ways that are undecided where different solutions of an input are taken for one way.
 
     An input with at most as many solutions as there are ways of solving has a way for each of them. Where two of them
     are put to one way and another way has none, the points do not tell which belongs to which: the solutions of that
-    way are put to its clusters and to those of the ways without any in equal parts. A solution that was drawn once may
-    be an accident, and does not count. Where solutions hardly repeat, as longer texts do, nothing is spread.
+    way are put to it and to the ways without any in equal parts. A solution that was drawn once may be an accident, and
+    does not count. Where solutions hardly repeat, as longer texts do, nothing is spread.
 
     Shape:
-        shares: [N * M, K] -> [N * M, K] fp32.
+        shares: [N * M, W] -> [N * M, W] fp32.
 
     Args:
-        shares: one for the cluster of a solution, else zero; M solutions of an input in a row.
+        shares: one for the way of a solution, else zero; M solutions of an input in a row.
         solutions: their texts.
         group: M.
-        ways: the way of every cluster, [K].
     """
-    shares, labels, count = shares.clone(), ways[shares.argmax(-1)], int(ways.max()) + 1
+    shares, labels, count = shares.clone(), shares.argmax(-1), shares.shape[-1]
     for start in range(0, len(labels), group):
         rows = labels[start : start + group]
         drawn = Counter(zip(solutions[start : start + group], rows.tolist(), strict=True))
@@ -290,7 +276,7 @@ def spread(shares: Tensor, solutions: Sequence[str], group: int, ways: Tensor) -
         if found.total() > count or not empty:
             continue
         for way in (way for way, number in found.items() if number > 1):
-            among = torch.isin(ways, torch.tensor([way, *empty])).float()
+            among = torch.isin(torch.arange(count), torch.tensor([way, *empty])).float()
             shares[start : start + group][rows == way] = among / among.sum()
     return shares
 

@@ -8,7 +8,7 @@ from sklearn.metrics import adjusted_mutual_info_score
 
 from cvae_lightning.modules import solution_clusters
 from cvae_lightning.modules.input_groups import SIDES, environments_of, sides_of
-from cvae_lightning.modules.solution_clusters import cluster, combine, decide, divide, fewer, spread
+from cvae_lightning.modules.solution_clusters import cluster, combine, decide, fewer, latents_of, spread
 
 pytestmark = pytest.mark.usefixtures("few_divisions")
 
@@ -57,16 +57,17 @@ def test_inputs_are_grouped_by_their_features_and_by_the_tokens_at_their_ends():
 
 
 @pytest.mark.parametrize("count", [K, K + 1, 2 * K])
-def test_more_clusters_than_ways_are_parts_of_ways(count):
+def test_more_latents_than_ways_share_them(count):
     """A way looks different from one input to another, but in each of them it is one."""
     _, truth = planted(inputs=64)
     looks = 5 * torch.eye(8)[:K] + torch.randn(64, K, 8)
     features = looks[torch.arange(64).repeat_interleave(9), truth][:, None]
     found = cluster({"hidden": centred(features)}, count, 9, seed=0)
-    assert found.labels.unique().tolist() == list(range(count))
+    assert found.labels.unique().tolist() == list(range(K))
     assert found.ways.unique().tolist() == list(range(K))
     assert found.ways[:K].tolist() == list(range(K))
-    assert adjusted_mutual_info_score(truth, found.ways[found.labels]) > 0.95
+    assert len(found.ways) == count
+    assert adjusted_mutual_info_score(truth, found.labels) > 0.95
 
 
 @pytest.mark.parametrize(
@@ -171,28 +172,17 @@ def test_ways_that_are_swapped_on_one_side_are_put_right():
         assert np.array_equal(chosen, truth)
 
 
-def test_the_largest_clusters_are_divided():
-    points = torch.randn(100, 2, generator=torch.Generator().manual_seed(0)).double().numpy()
-    labels, ways = divide(points, np.repeat([0, 1, 2], [10, 70, 20]), 5, seed=0)
-    assert ways.tolist() == [0, 1, 2, 1, 1]
-    assert np.array_equal(ways[labels], np.repeat([0, 1, 2], [10, 70, 20]))
-    assert np.bincount(labels).min() >= 10
-
-
 @pytest.mark.parametrize(
-    ("sizes", "count", "expected", "ways"),
+    ("sizes", "count", "ways"),
     [
-        ([5, 3], 3, [5, 3], [0, 1, 0]),  # nothing to divide: the third stays empty
-        ([5, 2, 2], 5, [5, 1, 2, 1], [0, 1, 2, 1, 0]),  # the second has two different points
+        ([10, 70, 20], 3, [0, 1, 2]),
+        ([10, 70, 20], 7, [0, 1, 2, 1, 1, 1, 2]),
+        ([5, 5], 5, [0, 1, 0, 1, 0]),
+        ([5, 0], 3, [0, 1, 0]),
     ],
 )
-def test_points_that_are_alike_are_not_divided(sizes, count, expected, ways):
-    points = np.repeat(np.eye(3)[: len(sizes)], sizes, axis=0)
-    if len(sizes) == 3:
-        points[5] += 0.1
-    labels, found = divide(points, np.arange(len(sizes)).repeat(sizes), count, seed=0)
-    assert np.bincount(labels).tolist() == expected
-    assert found.tolist() == ways
+def test_further_latents_are_for_the_ways_of_most_solutions(sizes, count, ways):
+    assert latents_of(np.array(sizes), count).tolist() == ways
 
 
 def test_clusters_are_those_of_the_seed():
@@ -229,7 +219,7 @@ def test_fewer_different_points_than_clusters_are_none(kinds, count, enough):
 )
 def test_ways_that_share_a_cluster_are_left_undecided_while_another_has_none(solutions, labels, undecided):
     shares = torch.nn.functional.one_hot(torch.tensor(labels), 4).float()
-    found = spread(shares, list(solutions), len(labels), torch.arange(4))
+    found = spread(shares, list(solutions), len(labels))
     assert shares.max(-1).values.tolist() == [1.0] * len(labels)
     for row, label in zip(found, labels, strict=True):
         among = undecided.get(label, [label])
@@ -240,20 +230,7 @@ def test_ways_that_share_a_cluster_are_left_undecided_while_another_has_none(sol
 def test_inputs_are_left_undecided_one_by_one():
     decided, shared = [0, 0, 1, 1], [2, 2, 2, 2]
     shares = torch.nn.functional.one_hot(torch.tensor(decided + shared), 3).float()
-    found = spread(shares, [*"aabb", *"aabb"], 4, torch.arange(3))
+    found = spread(shares, [*"aabb", *"aabb"], 4)
     assert found[:4].argmax(-1).tolist() == decided
     assert found[:4].max(-1).values.tolist() == [1.0] * 4
     torch.testing.assert_close(found[4:], torch.full((4, 3), 1 / 3))
-
-
-def test_ways_of_several_clusters_are_left_undecided_as_one():
-    """Clusters 0 and 3 are one way, 1 and 4 another, 2 and 5 the third; two solutions are taken for the first."""
-    ways = torch.tensor([0, 1, 2, 0, 1, 2])
-    shares = torch.nn.functional.one_hot(torch.tensor([0, 0, 3, 3, 4, 4]), 6).float()
-    found = spread(shares, list("aabbcc"), 6, ways)
-    assert found[:4].tolist() == [[0.25, 0, 0.25, 0.25, 0, 0.25]] * 4
-    assert torch.equal(found[4:], shares[4:])
-    four = torch.nn.functional.one_hot(torch.tensor([0, 0, 3, 3, 0, 0, 3, 3]), 6).float()
-    assert torch.equal(spread(four, list("aabbccdd"), 8, ways), four)  # more solutions than ways
-    alone = spread(shares, list("aaaacc"), 6, ways)
-    assert torch.equal(alone, shares)  # one solution in two clusters of one way
