@@ -102,8 +102,8 @@ class DiscreteOutputs(_TensorFields):
         inter_latent_jsd: [B, T] JSD of the K next-token distributions.
         seed_shares: [K] shares of the latents, as they are seeded, among the entangled model's solutions; they sum to
             1. Uniform until there are seeds, None without a seeding.
-        seed_ways: [K] int64, the way of solving that each latent was seeded with a part of. All 0 until there are
-            seeds, None without a seeding.
+        seed_ways: [K] int64, the way of solving that each latent was seeded with. All 0 until there are seeds,
+            None without a seeding.
     """
 
     router_log_probs: Tensor

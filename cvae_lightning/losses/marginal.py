@@ -48,7 +48,7 @@ class RouterMarginalKLLoss(_MarginalKLLoss):
         weight: factor of the term; 0 = diagnostic only.
         prior: K probabilities; ``seeds`` = the shares of the latents, as they are seeded, among the entangled model's
             solutions (:class:`LatentSeeding`; uniform until there are seeds); ``ways`` = equal parts for the latents
-            that were seeded with parts of one way of solving, whatever that way's share; None = uniform. Discrete only.
+            that were seeded with the same way of solving, whatever its share; None = uniform. Discrete only.
 
     Returns:
         [] nats, fp32.
@@ -74,8 +74,8 @@ class AggregatePosteriorBalanceLoss(_MarginalKLLoss):
         weight: factor of the term; 0 = diagnostic only.
         prior: K probabilities; ``seeds`` = the shares of the latents, as they are seeded, among the entangled model's
             solutions (:class:`LatentSeeding`; uniform until there are seeds), an estimate of how often each strategy is
-            used; ``ways`` = equal parts for the latents that were seeded with parts of one way of solving, whatever
-            that way's share, for a K larger than the number of ways (where each way has one latent the term is 0;
+            used; ``ways`` = equal parts for the latents that were seeded with the same way of solving, whatever
+            its share, for a K larger than the number of ways (where each way has one latent the term is 0;
             without seeds all latents are of one way); None = uniform, which is wrong where strategies are known to be
             skewed.
 

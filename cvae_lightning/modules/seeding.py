@@ -47,8 +47,8 @@ class LatentSeeding(HasSpec):
        direction for every x. An input that is always solved alike says nothing, and is left out.
     3. They are divided into K clusters, by k-means refined by linear discriminants: those that tell most, and most
        simply, about y given x. Of those that tell about the same, one that holds from one half of the inputs to the
-       other. Where fewer clusters tell as much, they are the ways of solving, and the K are parts of them. The
-       posterior network learns (x, y) -> cluster in ``posterior_steps``.
+       other. Where fewer clusters tell as much, these are the ways of solving, and some latents share one. The
+       posterior network learns (x, y) -> latents of the cluster, all of them alike, in ``posterior_steps``.
     4. In the first ``hold_steps`` training steps the objective is weighed by that posterior, fading into the module's
        own over the second half of them; from then on the seeds play no part.
 
@@ -104,7 +104,7 @@ class LatentSeeding(HasSpec):
         self.clusters: Tensor | None = None
         """Their clusters, [N]."""
         self.ways: Tensor = torch.zeros(0, dtype=torch.int64)
-        """The way of solving that each latent stands for a part of, [K]."""
+        """The way of solving, or cluster, that each latent is seeded with, [K]."""
 
     @property
     def run_seed(self) -> int:
