@@ -74,7 +74,7 @@ class DiscreteMetrics(EpochMetrics):
             if outputs.amortized_log_probs is not None:
                 self.alignment_amortized.update(q.argmax(-1), strategy)
         if self.router_calibration is not None:
-            self.router_calibration.update(router, outputs.posterior_log_probs.argmax(-1), strategy, true_probs)
+            self.router_calibration.update(router, outputs.posterior_log_probs, strategy, true_probs)
 
     def compute_and_reset(self, c_base: float | None) -> dict[str, Tensor]:
         """Return the epoch's metrics by log key, without stage, and start anew."""

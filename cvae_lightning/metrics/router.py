@@ -17,8 +17,10 @@ ROUTER_SCORES = ("cross_entropy", "expected_cross_entropy", "true_cross_entropy"
 class RouterCalibration(FixedPrecision):
     """The router as a predictor of the strategy: its cross-entropy and its calibration.
 
-    p(s|x) is the router's probability of all latents that stand for strategy s in the same records: the best one-to-one
-    matching where K = S, else every latent's commonest strategy. `compute()` returns, in nats where not said,
+    p(s|x) is the router's probability of all latents that stand for strategy s in the same records, by what the
+    posterior gives them: the best one-to-one matching where K = S, else every latent's commonest strategy. Latents that
+    share a strategy share its records, and one of them may never have the most of any. `compute()` returns, in nats
+    where not said,
     - `cross_entropy`: mean of -log p(s|x) over the labels s, which are one draw for each x;
     - `expected_cross_entropy`: mean of -sum_s p*(s|x) log p(s|x), the same without the chance of the draw, where the
       data knows its own p*(s|x), else nan;
@@ -32,8 +34,8 @@ class RouterCalibration(FixedPrecision):
     Source: Guo et al. 2017, Eq. 3, arXiv 1706.04599; differs by bins of equal mass (Nguyen & O'Connor 2015, arXiv
     1508.05154), of which equal confidences share one, so that the order of the records is of no account.
 
-    Keeps K + S + 2 doubles per labelled record until it is reset, because the matching is known only at the end: meant
-    for evaluation splits, which are small.
+    Keeps 2 K + S + 1 doubles per labelled record until it is reset, because the matching is known only at the end:
+    meant for evaluation splits, which are small.
 
     Args:
         num_latents: K, at least 1.
@@ -43,7 +45,8 @@ class RouterCalibration(FixedPrecision):
     Example:
         >>> metric = RouterCalibration(num_latents=2, num_strategies=2)
         >>> router = torch.tensor([[0.5, 0.5], [0.5, 0.5]]).log()
-        >>> metric.update(router, torch.tensor([0, 1]), torch.tensor([1, 0]))
+        >>> posterior = torch.tensor([[0.9, 0.1], [0.2, 0.8]]).log()
+        >>> metric.update(router, posterior, torch.tensor([1, 0]))
         >>> scores = metric.compute()
         >>> round(scores["cross_entropy"].item(), 4), round(scores["calibration_error"].item(), 4)
         (0.6931, 0.0)
@@ -57,30 +60,34 @@ class RouterCalibration(FixedPrecision):
         super().__init__(**kwargs)
         check_counts(num_latents=num_latents, num_strategies=num_strategies)
         self.num_latents, self.num_strategies = num_latents, num_strategies
-        self.add_state("rows", [], dist_reduce_fx="cat")  # log p(z|x), p*(s|x), latent, strategy
+        self.add_state("rows", [], dist_reduce_fx="cat")  # log p(z|x), p*(s|x), q(z|x,y), strategy
 
     def update(
-        self, router_log_probs: Tensor, latents: Tensor, strategies: Tensor, true_probs: Tensor | None = None
+        self,
+        router_log_probs: Tensor,
+        posterior_log_probs: Tensor,
+        strategies: Tensor,
+        true_probs: Tensor | None = None,
     ) -> None:
         """Add B records; those without a label are left out.
 
         Args:
             router_log_probs: [B, K] normalised log p(z|x).
-            latents: [B] index of the posterior's latent of each record.
-            strategies: [B] index of its strategy, or -1 where unknown.
+            posterior_log_probs: [B, K] normalised log q(z|x,y).
+            strategies: [B] index of each record's strategy, or -1 where unknown.
             true_probs: [B, S] the data's own p*(s|x); None = unknown.
         """
         check_shape("router_log_probs", router_log_probs, "B", self.num_latents)
         size = router_log_probs.shape[0]
-        check_shape("latents", latents, size)
+        check_shape("posterior_log_probs", posterior_log_probs, size, self.num_latents)
         check_shape("strategies", strategies, size)
-        check_range("latents", latents, 0, self.num_latents)
         check_range("strategies", strategies, -1, self.num_strategies)
         log_probs = router_log_probs.detach().double()
         if true_probs is None:
             true_probs = log_probs.new_full((size, self.num_strategies), torch.nan)
         check_shape("true_probs", true_probs, size, self.num_strategies)
-        rows = torch.cat([log_probs, true_probs.to(log_probs), torch.stack([latents, strategies], -1)], -1)
+        posterior = posterior_log_probs.detach().to(log_probs).exp()
+        rows = torch.cat([log_probs, true_probs.to(log_probs), posterior, strategies[:, None]], -1)
         self.rows.append(rows[strategies >= 0])
 
     def compute(self) -> dict[str, Tensor]:
@@ -89,10 +96,10 @@ class RouterCalibration(FixedPrecision):
         if not isinstance(rows, Tensor) or not len(rows):
             nan = torch.tensor(torch.nan, dtype=torch.float64)
             return {**dict.fromkeys(ROUTER_SCORES, nan), "num_labelled": torch.tensor(0)}
-        router, true_probs = rows[:, : self.num_latents], rows[:, self.num_latents : -2]
-        latents, strategies = rows[:, -2:].long().unbind(-1)
-        table = torch.zeros(self.num_latents, self.num_strategies, dtype=torch.int64, device=rows.device)
-        table.index_put_((latents, strategies), torch.ones_like(latents), accumulate=True)
+        sizes = [self.num_latents, self.num_strategies, self.num_latents, 1]
+        router, true_probs, posterior, last = rows.split(sizes, -1)
+        strategies = last[:, 0].long()
+        table = rows.new_zeros(self.num_strategies, self.num_latents).index_add_(0, strategies, posterior).T
         stands_for = torch.from_numpy(latent_strategies(table.cpu().numpy())).to(rows.device)
         members = stands_for[:, None] == torch.arange(self.num_strategies, device=rows.device)  # [K, S]
         log_probs = (router[:, :, None] + members.double().log()).logsumexp(1)  # [N, S]

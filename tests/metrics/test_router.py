@@ -9,10 +9,15 @@ from cvae_lightning.metrics import RouterCalibration
 from cvae_lightning.metrics.router import calibration_error
 
 
+def certain(latents, count):
+    """Return log-probabilities [N, K] of one latent each."""
+    return torch.nn.functional.one_hot(latents, count).double().log()
+
+
 def scores(router, latents, strategies, num_strategies, true_probs=None):
     router = torch.tensor(router)
     metric = RouterCalibration(router.shape[1], num_strategies)
-    metric.update(router.log(), torch.tensor(latents), torch.tensor(strategies), true_probs)
+    metric.update(router.log(), certain(torch.tensor(latents), router.shape[1]), torch.tensor(strategies), true_probs)
     return {key: value.item() for key, value in metric.compute().items()}
 
 
@@ -46,6 +51,14 @@ def test_more_latents_share_a_strategy_and_an_unused_one_has_none():
     assert found["cross_entropy"] == pytest.approx(-math.log(0.7 * 0.7 * 0.5) / 3)
 
 
+def test_a_latent_that_never_has_the_most_stands_for_what_it_has_a_part_of():
+    router = torch.tensor([[0.2, 0.2, 0.6]] * 2).log()
+    metric = RouterCalibration(3, 2)
+    posterior = torch.tensor([[0.55, 0.45, 0.0], [0.1, 0.1, 0.8]])
+    metric.update(router, posterior.log(), torch.tensor([0, 1]))
+    assert metric.compute()["cross_entropy"].item() == pytest.approx(-math.log(0.4 * 0.6) / 2)
+
+
 def test_a_strategy_without_a_latent_costs_infinitely_much():
     assert scores([[0.5, 0.5]] * 3, [0, 1, 1], [0, 2, 1], 3)["cross_entropy"] == math.inf
     assert scores([[1.0, 0.0], [0.0, 1.0]], [0, 1], [1, 0], 2)["cross_entropy"] == 0.0
@@ -63,7 +76,7 @@ def test_router_that_knows_the_frequencies_reaches_the_true_entropy_and_is_calib
 
     def calibration_of(router):
         metric = RouterCalibration(4, 4)
-        metric.update(router.log(), latents, labels, true)
+        metric.update(router.log(), certain(latents, 4), labels, true)
         return {key: value.item() for key, value in metric.compute().items()}
 
     perfect = calibration_of(by_latent)
@@ -103,14 +116,14 @@ def test_records_without_label_count_for_nothing():
     router = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5]]).log()
     true = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.5, 0.5]])
     metric = RouterCalibration(2, 2)
-    metric.update(router, torch.tensor([0, 1, 0]), torch.tensor([0, -1, 1]), true)
-    metric.update(router[:1], torch.tensor([0]), torch.tensor([0]), true[:1])
+    metric.update(router, certain(torch.tensor([0, 1, 0]), 2), torch.tensor([0, -1, 1]), true)
+    metric.update(router[:1], certain(torch.tensor([0]), 2), torch.tensor([0]), true[:1])
     found = metric.compute()
     assert found["num_labelled"].item() == 3
     assert found["cross_entropy"].item() == pytest.approx(-math.log(0.9 * 0.9 * 0.5) / 3)
     assert found["true_cross_entropy"].item() == pytest.approx(math.log(2) / 3)
     metric.reset()
-    metric.update(router, torch.tensor([0, 1, 0]), torch.tensor([-1, -1, -1]))
+    metric.update(router, certain(torch.tensor([0, 1, 0]), 2), torch.tensor([-1, -1, -1]))
     nothing = metric.compute()
     assert nothing.pop("num_labelled").item() == 0
     assert all(math.isnan(value) for value in nothing.values())
@@ -127,7 +140,7 @@ def test_two_processes_with_uneven_data_equal_one(tmp_path):
     def work(batches):
         metric = RouterCalibration(3, 3)
         for rows in batches:
-            metric.update(router[rows], latents[rows], labels[rows], true[rows])
+            metric.update(router[rows], certain(latents[rows], 3), labels[rows], true[rows])
         return metric.compute()
 
     batches = ([slice(0, 1), slice(1, 4), slice(4, 11)], [slice(11, 30), slice(30, 37)])
@@ -142,7 +155,7 @@ def test_one_process_may_hold_no_label_at_all(tmp_path):
 
     def work(rank):
         metric = RouterCalibration(2, 2)
-        metric.update(router, latents, torch.tensor([[0, 1], [-1, -1]][rank]))
+        metric.update(router, certain(latents, 2), torch.tensor([[0, 1], [-1, -1]][rank]))
         return metric.compute()["cross_entropy"]
 
     for found in run_in_processes(work, tmp_path):
@@ -153,15 +166,15 @@ def test_one_process_may_hold_no_label_at_all(tmp_path):
     ("change", "message"),
     [
         ({"router_log_probs": torch.zeros(2, 3)}, r"router_log_probs must have shape \[B, 2\], got \[2, 3\]"),
-        ({"latents": torch.zeros(1)}, r"latents must have shape \[2\], got \[1\]"),
+        ({"posterior_log_probs": torch.zeros(2, 3)}, r"posterior_log_probs must have shape \[2, 2\], got \[2, 3\]"),
         ({"strategies": torch.zeros(3)}, r"strategies must have shape \[2\], got \[3\]"),
         ({"true_probs": torch.zeros(2, 2)}, r"true_probs must have shape \[2, 3\], got \[2, 2\]"),
         ({"strategies": torch.tensor([0, 3])}, r"strategies must lie in -1\.\.2, got 0\.\.3"),
-        ({"latents": torch.tensor([0, 2])}, r"latents must lie in 0\.\.1, got 0\.\.2"),
     ],
 )
 def test_wrong_shapes_and_labels_are_refused(change, message):
-    given = {"router_log_probs": torch.zeros(2, 2), "latents": torch.tensor([0, 1]), "strategies": torch.tensor([0, 1])}
+    given = {key: torch.zeros(2, 2) for key in ("router_log_probs", "posterior_log_probs")}
+    given |= {"strategies": torch.tensor([0, 1])}
     with pytest.raises(ValueError, match=message):
         RouterCalibration(2, 3).update(**given | change)
     with pytest.raises(ValueError, match="num_strategies must be at least 1, got 0"):
